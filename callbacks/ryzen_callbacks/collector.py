@@ -1,0 +1,242 @@
+"""The callback that collects a run's metrics and writes the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+from lightning.pytorch import LightningModule, Trainer
+
+from ryzen_callbacks.atomic_file import write_text
+from ryzen_callbacks.detector import AnomalyDetector
+from ryzen_callbacks.device_peaks import peak_flops
+from ryzen_callbacks.environment import describe_environment
+from ryzen_callbacks.metrics_log import EPOCH_FIELDS, MetricsLog
+from ryzen_callbacks.report_path import prepare_report_path
+from ryzen_callbacks.reports import AnomalyRow, MetricStatistics, RunMetadata, TrainingMetricsReport
+from ryzen_callbacks.step_callback import StepCallback, logged_now
+from ryzen_callbacks.step_logging import log_step
+from ryzen_callbacks.step_recorder import Step
+
+REPORT_NAME = "training_metrics_report.json"
+
+
+class TrainingMetricsCollector(StepCallback):
+    """Collects loss, learning rates, gradient norm, rates and times per optimizer step, and reports them.
+
+    Every step's values go to the Trainer's loggers as `train/<name>` with the number of optimizer steps done
+    as x, and into the report's statistics as `<name>`; see `StepCallback` for the names and
+    `TrainingMetricsReport` for the report. It also works by hand, outside a Trainer:
+
+        collector = TrainingMetricsCollector()
+        collector.record_batch_metric({"loss": 0.6, "learning_rate": 1e-3})
+        collector.record_epoch_metric({"epoch": 0, "loss": 0.5, "accuracy": 0.7})
+        collector.export_metrics("results.json")
+
+    An epoch's `train_loss` is the mean over its optimizer steps, `tokens_per_second` its tokens over its
+    time, timed steps only, and `improvement` the relative fall of the validation loss against the epoch
+    before (of the training loss where there is no validation). A resumed run goes on with the report of the
+    interrupted one.
+
+    Args:
+        path: the JSON report; None: `training_metrics_report.json` in the Trainer's log directory.
+        sample_every_n_steps: keep every n-th step's values in the report.
+        write_every_n_steps: write the report at least this often (at log intervals), and at the end.
+        tokens_in_batch: counts the tokens of a batch; None: the module's `tokens_in_batch(batch)` if it has
+            one, else tokens are not measured. Say there whether padding counts.
+        flops_per_token: training FLOPs per token (forward and backward; see `count_flops`), for `mfu`: that
+            times tokens per second over the device's dense peak. No `mfu` where the peak is not known (see
+            `device_peaks`).
+        val_loss: name under which the module logs its validation loss.
+        accuracy: name under which the module logs its validation accuracy.
+        metadata: `experiment_id` and `model` name the run (defaults: a random id, the module's class);
+            whatever else is given goes to the report's `metadata.extra`.
+
+    Raises:
+        ValueError: an interval below 1; at set-up: a report path that cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        *,
+        sample_every_n_steps: int = 100,
+        write_every_n_steps: int = 1000,
+        tokens_in_batch: Callable[[Any], int] | None = None,
+        flops_per_token: float | None = None,
+        val_loss: str = "val_loss",
+        accuracy: str = "val_accuracy",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("sample_every_n_steps", sample_every_n_steps),
+            ("write_every_n_steps", write_every_n_steps),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
+        self.path = Path(path) if path is not None else None
+        self.write_every_n_steps = write_every_n_steps
+        self.tokens_in_batch = tokens_in_batch
+        self.flops_per_token = flops_per_token
+        self._names = {"val_loss": val_loss, "accuracy": accuracy}
+        extra = dict(metadata or {})
+        self._metadata = RunMetadata(
+            experiment_id=str(extra.pop("experiment_id", uuid4().hex[:12])),
+            model=extra.pop("model", None),
+            started_at=_now(),
+            environment=describe_environment(),
+            extra=extra,
+        )
+        self._log = MetricsLog(sample_every_n_steps)
+        self._anomalies: Callable[[], list[AnomalyRow]] = list
+        self._destination = self.path
+        self._written_at = 0
+        self._peak: float | None = None
+
+    # By hand
+
+    def record_batch_metric(self, metrics: Mapping[str, float]) -> None:
+        """Record one optimizer step's values; without `step` and `epoch` among them, the next and 0."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self.last_step = int(values.pop("step", self.last_step + 1))
+        self._log.add_step(self.last_step, int(values.pop("epoch", 0)), values)
+
+    def record_epoch_metric(self, metrics: Mapping[str, float]) -> None:
+        """Record an epoch's values: `epoch` (required), then any; `loss` means `train_loss`.
+
+        Raises:
+            ValueError: no `epoch`.
+        """
+        if "epoch" not in metrics:
+            raise ValueError(f"an epoch's metrics need 'epoch', got {', '.join(metrics) or 'nothing'}")
+        values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        if "loss" in values:
+            values["train_loss"] = values.pop("loss")
+        epoch = int(metrics["epoch"])
+        self._log.add_epoch_statistics(epoch, values)
+        self._log.add_to_epoch(epoch, {n: v for n, v in values.items() if n in EPOCH_FIELDS}, {})
+
+    def statistics(self) -> dict[str, MetricStatistics]:
+        """Statistics of every metric so far."""
+        return self._log.summary()
+
+    def report(self) -> TrainingMetricsReport:
+        """The report as it stands."""
+        return TrainingMetricsReport(
+            metadata=self._metadata.model_copy(),
+            statistics=self._log.summary(),
+            epochs=self._log.epochs(),
+            batches=list(self._log.batches),
+            batches_every_n_steps=self._log.sample_every_n_steps,
+            anomalies=self._anomalies(),
+        )
+
+    def export_metrics(self, path: str | Path) -> Path:
+        """Write the report, atomically, as JSON; to a path ending in .csv, the sampled steps as CSV.
+
+        Returns the path.
+        """
+        if Path(path).suffix == ".csv":
+            return write_text(path, self._log.sampled_csv())
+        return self.report().write(path)
+
+    # In a Trainer
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle where the report goes, and fail now rather than after training if it cannot go there."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        self._destination = None  # nothing is written if the next line raises
+        self._destination = prepare_report_path(trainer, self.path, REPORT_NAME)
+        detectors = [c for c in trainer.callbacks if isinstance(c, AnomalyDetector)]  # type: ignore[attr-defined]
+        self._anomalies = lambda: [row for detector in detectors for row in detector.rows()]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what runs, and on what."""
+        super().on_train_start(trainer, pl_module)
+        self._metadata.model = self._metadata.model or type(pl_module).__name__
+        self._metadata.status = "running"
+        self._written_at = self.last_step
+        peak = peak_flops(pl_module.device, str(trainer.precision))
+        self._peak = peak * trainer.world_size if peak is not None else None
+
+    def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
+        """Log and add up; write the report if it is time to."""
+        for step in steps:
+            values = step.values
+            if self.flops_per_token and self._peak and "tokens_per_second" in values:
+                values["mfu"] = self.flops_per_token * values["tokens_per_second"] / self._peak
+            self._log.add_step(step.step, step.epoch, values)
+            tagged = {f"train/{name}": value for name, value in values.items()}
+            log_step(trainer.loggers, tagged, step.step)
+            self._log.add_to_epoch(step.epoch, _component_figures(values), {})
+        if self.last_step - self._written_at >= self.write_every_n_steps:
+            self._write(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the validation's figures into the running epoch's row."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        logged = trainer.callback_metrics
+        given = {field: float(logged[name]) for field, name in self._names.items() if name in logged}
+        missing = {
+            field: f"the module logged no {name!r} in validation"
+            for field, name in self._names.items()
+            if name not in logged
+        }
+        self._log.add_to_epoch(trainer.current_epoch, given, missing)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what the module logged for the whole epoch into its row."""
+        super().on_train_epoch_end(trainer, pl_module)
+        figures = _component_figures(logged_now(trainer, on_step=False))
+        self._log.add_to_epoch(trainer.current_epoch, figures, {})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the report of a finished run."""
+        self._finish(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the report of a run that ends here."""
+        super().on_exception(trainer, pl_module, exception)
+        self._finish(trainer, "failed")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to end with the report of an uninterrupted one."""
+        return {
+            **super().state_dict(),
+            "log": self._log.state_dict(),
+            "experiment_id": self._metadata.experiment_id,
+            "started_at": self._metadata.started_at,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        super().load_state_dict(state_dict)
+        self._log.load_state_dict(state_dict["log"])
+        self._metadata.experiment_id = state_dict["experiment_id"]
+        self._metadata.started_at = state_dict["started_at"]
+
+    def _finish(self, trainer: Trainer, status: Literal["finished", "failed"]) -> None:
+        self._metadata.status = status
+        self._metadata.finished_at = _now()
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        self._written_at = self.last_step
+        if self._destination is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.export_metrics(self._destination)
+
+
+def _component_figures(values: Mapping[str, Any]) -> dict[str, float]:
+    """Figures about the model that an epoch's row has room for, if the module logs them."""
+    return {name: float(values[name]) for name in ("compression_ratio", "speedup") if name in values}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

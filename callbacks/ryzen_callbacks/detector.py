@@ -1,0 +1,251 @@
+"""The callback that watches training for what should not happen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ryzen_callbacks.anomaly import Anomaly
+from ryzen_callbacks.atomic_file import write_json
+from ryzen_callbacks.report_path import prepare_report_path
+from ryzen_callbacks.reports import AnomalyRow
+from ryzen_callbacks.rollback import LastGood
+from ryzen_callbacks.rules import KINDS, SIGNALS, default_rules
+from ryzen_callbacks.step_callback import StepCallback
+from ryzen_callbacks.step_recorder import Step
+
+Action = Literal["record", "warn", "stop", "rollback"]
+CHECKPOINT_NAME = "last_good.ckpt"
+
+_MAX_KEPT = 1000
+
+
+class AnomalyDetector(StepCallback):
+    """Finds what goes wrong in training: see `ryzen_callbacks.rules` for each kind's rule.
+
+    Kinds: loss_spike, grad_norm_spike, non_finite, divergence, plateau (only with `plateau_steps`), stall,
+    throughput_drop, data_wait_growth, memory_growth, accuracy_drop.
+
+    The values are looked at when they leave the device, at every `trainer.log_every_n_steps`-th step, so an
+    anomaly is reported up to that many steps late, with the step at which it happened. Every rank sees the
+    same values and decides alike. By hand, on any sequence:
+
+        detector = AnomalyDetector()
+        for step, loss in enumerate(losses):
+            for anomaly in detector.update(step=step, loss=loss):
+                print(anomaly.message)
+
+    Args:
+        actions: what to do about each kind: "record" (only note it), "warn" (the default: also a warning on
+            the console), "stop" (also end training after the running batch), or "rollback" (also restore
+            weights and optimizer states of the last good checkpoint and go on with the next batch; see
+            `LastGood`).
+        path: a JSON file for the anomalies; None: none (`TrainingMetricsCollector` has them in its report).
+        plateau_steps: report a loss that has not got better for this many steps; None: never.
+        accuracy: name under which the module logs its validation accuracy.
+        checkpoint_every_n_steps: how old the last good checkpoint may get; it is written at log intervals at
+            which nothing is wrong, and only if some kind's action is "rollback".
+        max_rollbacks: after this many, the next one stops training instead.
+
+    Raises:
+        ValueError: an unknown kind or action, a count below 1; at set-up: a path that cannot be written.
+    """
+
+    def __init__(
+        self,
+        actions: Mapping[str, Action] | None = None,
+        path: str | Path | None = None,
+        *,
+        plateau_steps: int | None = None,
+        accuracy: str = "val_accuracy",
+        checkpoint_every_n_steps: int = 500,
+        max_rollbacks: int = 3,
+    ) -> None:
+        super().__init__()
+        self.actions = dict(actions or {})
+        for kind, action in self.actions.items():
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind of anomaly {kind!r}; there are {', '.join(KINDS)}")
+            if action not in get_args(Action):
+                raise ValueError(
+                    f"action {action!r} for {kind}; expected one of {', '.join(get_args(Action))}"
+                )
+        for name, count in (
+            ("plateau_steps", plateau_steps),
+            ("checkpoint_every_n_steps", checkpoint_every_n_steps),
+            ("max_rollbacks", max_rollbacks),
+        ):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}, expected 1 or more")
+        self.path = Path(path) if path is not None else None
+        self.accuracy = accuracy
+        self.checkpoint_every_n_steps = checkpoint_every_n_steps
+        self.max_rollbacks = max_rollbacks
+        self.anomalies: list[Anomaly] = []
+        """What was found, oldest first; after 1,000 only counted, in `not_kept`."""
+        self.not_kept = 0
+        self.rollbacks: list[dict[str, int]] = []
+        """What was undone: `at_step`, back `to_step`, because of the anomaly at `anomaly_step`."""
+        self._rules = default_rules(plateau_steps)
+        self._last_good: LastGood | None = None
+        self._to_undo: Anomaly | None = None
+        self._all_well = False
+
+    def update(self, *, step: int, **signals: float | None) -> list[Anomaly]:
+        """Judge the values of one optimizer step; return what is found.
+
+        Args:
+            step: its number.
+            signals: any of loss, grad_norm, step_time (seconds), throughput (per second), data_wait_share (of
+                the step's time), memory (bytes), accuracy (0 to 1). None: not measured.
+
+        Raises:
+            ValueError: a signal of another name.
+        """
+        if unknown := set(signals) - set(SIGNALS):
+            raise ValueError(f"unknown signal {min(unknown)!r}; there are {', '.join(SIGNALS)}")
+        found = []
+        for rule in self._rules:
+            value = signals.get(rule.signal)
+            if value is not None and (anomaly := rule.update(step, value)) is not None:
+                found.append(anomaly)
+        room = _MAX_KEPT - len(self.anomalies)
+        self.anomalies.extend(found[:room])
+        self.not_kept += len(found[room:])
+        return found
+
+    def rows(self) -> list[AnomalyRow]:
+        """The anomalies as they stand in a report."""
+        return [anomaly.row() for anomaly in self.anomalies]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fail now rather than during training if a file cannot be written."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.path is not None:
+            prepare_report_path(trainer, self.path, self.path.name)
+        if "rollback" in self.actions.values() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            checkpoint = prepare_report_path(trainer, None, CHECKPOINT_NAME)
+            assert checkpoint is not None
+            self._last_good = LastGood(checkpoint, self.checkpoint_every_n_steps)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the state before the first step, so that there is always something to go back to."""
+        super().on_train_start(trainer, pl_module)
+        if self._last_good is not None:
+            self._last_good.keep(trainer, self.last_step)
+
+    def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
+        """Judge the steps and act on what is found."""
+        found = []
+        for step in steps:
+            found += self.update(step=step.step, **signals_of(step.values))
+        self._all_well = not found
+        self._act(trainer, found)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """What was judged before this batch says nothing of the weights after it."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._all_well = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two batches, undo what is to be undone, or keep the present as good."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._last_good is None:
+            return
+        if self._to_undo is not None:
+            self._roll_back(trainer, self._last_good, self._to_undo)
+            self._to_undo = None
+        elif self._all_well:
+            self._last_good.keep(trainer, self.last_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the validation accuracy."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.accuracy in trainer.callback_metrics:
+            accuracy = float(trainer.callback_metrics[self.accuracy])
+            self._act(trainer, self.update(step=self.last_step, accuracy=accuracy))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Delete the last good checkpoint: it is of no use to another run."""
+        super().teardown(trainer, pl_module, stage)
+        if self._last_good is not None:
+            self._last_good.remove(trainer)
+            self._last_good = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, the rules' windows included."""
+        return {
+            **super().state_dict(),
+            "anomalies": [{**vars(found), "expected": list(found.expected)} for found in self.anomalies],
+            "not_kept": self.not_kept,
+            "rollbacks": list(self.rollbacks),
+            "rules": [rule.state_dict() for rule in self._rules],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        super().load_state_dict(state_dict)
+        self.anomalies = [
+            Anomaly(**{**anomaly, "expected": tuple(anomaly["expected"])})
+            for anomaly in state_dict["anomalies"]
+        ]
+        self.not_kept = state_dict["not_kept"]
+        self.rollbacks = list(state_dict["rollbacks"])
+        for rule, state in zip(self._rules, state_dict["rules"], strict=True):
+            rule.load_state_dict(state)
+
+    def _act(self, trainer: Trainer, found: list[Anomaly]) -> None:
+        for anomaly in found:
+            action = self.actions.get(anomaly.kind, "warn")
+            for logger in trainer.loggers:
+                add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+                if trainer.is_global_zero and add_text is not None:
+                    add_text(f"anomaly/{anomaly.kind}", anomaly.message, anomaly.step)
+            if action != "record":
+                rank_zero_warn(anomaly.message)
+            if action == "stop":
+                trainer.should_stop = True
+            elif action == "rollback":
+                self._to_undo = self._to_undo or anomaly
+        if found:
+            self._write(trainer)
+
+    def _roll_back(self, trainer: Trainer, last_good: LastGood, anomaly: Anomaly) -> None:
+        if len(self.rollbacks) >= self.max_rollbacks:
+            rank_zero_warn(f"stopping: there were {self.max_rollbacks} rollbacks, and {anomaly.message}")
+            trainer.should_stop = True
+            return
+        to_step = last_good.restore(trainer)
+        self.rollbacks.append({"at_step": self.last_step, "to_step": to_step, "anomaly_step": anomaly.step})
+        rank_zero_warn(f"weights and optimizer are back at step {to_step}; the batches since are skipped")
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        rows = [row.model_dump() for row in self.rows()]
+        write_json(self.path, {"schema_version": 1, "anomalies": rows, "rollbacks": self.rollbacks})
+
+
+def signals_of(values: Mapping[str, float]) -> dict[str, float | None]:
+    """A step's values under the names that the rules know."""
+    step_time, data_wait = values.get("step_time_s"), values.get("data_wait_s")
+    return {
+        "loss": values.get("loss"),
+        "grad_norm": values.get("grad_norm"),
+        "step_time": step_time,
+        "throughput": values.get("tokens_per_second", values.get("samples_per_second")),
+        "data_wait_share": data_wait / step_time if step_time and data_wait is not None else None,
+        "memory": values.get("memory_bytes"),
+    }

@@ -1,0 +1,196 @@
+"""What a run's metrics add up to: statistics, epoch rows and sampled steps. Knows no Lightning."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ryzen_callbacks.reports import EpochRow, MetricStatistics
+from ryzen_callbacks.running_statistics import RunningStatistics
+
+_MAX_SAMPLED_STEPS = 10_000
+EPOCH_FIELDS = (
+    "train_loss",
+    "val_loss",
+    "accuracy",
+    "tokens_per_second",
+    "compression_ratio",
+    "speedup",
+    "improvement",
+)
+
+
+@dataclass(slots=True)
+class _Epoch:
+    """An epoch while it runs."""
+
+    epoch: int
+    step: int = 0
+    statistics: dict[str, RunningStatistics] = field(default_factory=dict)
+    timed_tokens: float = 0.0
+    timed_seconds: float = 0.0
+    given: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class MetricsLog:
+    """Streaming aggregates in bounded memory.
+
+    Every `sample_every_n_steps`-th step is kept as it is; when more than 10,000 are kept, every other one
+    goes and the interval doubles.
+    """
+
+    def __init__(self, sample_every_n_steps: int) -> None:
+        self.sample_every_n_steps = sample_every_n_steps
+        self.statistics: dict[str, RunningStatistics] = {}
+        self.batches: list[dict[str, float | None]] = []
+        self._finished: list[EpochRow] = []
+        self._epoch: _Epoch | None = None
+
+    def add_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Take in one optimizer step. Values that are missing were not measured at this step."""
+        current = self._enter(epoch)
+        current.step = step
+        for name, value in values.items():
+            self._push(name, value, current)
+        seconds = values.get("step_time_s")
+        if seconds is not None and "tokens" in values:
+            current.timed_tokens += values["tokens"]
+            current.timed_seconds += seconds
+        if step % self.sample_every_n_steps == 0:
+            self._sample({"step": step, **values})
+
+    def add_to_epoch(self, epoch: int, given: Mapping[str, float], reasons: Mapping[str, str]) -> None:
+        """Fields of an epoch's row that do not follow from its steps, and why others are missing."""
+        current = self._enter(epoch)
+        current.given.update(given)
+        current.reasons.update(reasons)
+
+    def add_epoch_statistics(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Values that were measured once in an epoch, into the statistics of the run and of the epoch."""
+        current = self._enter(epoch)
+        for name, value in values.items():
+            self._push(name, value, current)
+
+    def epochs(self) -> list[EpochRow]:
+        """All rows, with the running epoch's as it stands."""
+        return [*self._finished, self._row(self._epoch)] if self._epoch is not None else list(self._finished)
+
+    def summary(self) -> dict[str, MetricStatistics]:
+        """Statistics of every metric over the run."""
+        return {name: _summary(running) for name, running in self.statistics.items()}
+
+    def sampled_csv(self) -> str:
+        """The sampled steps as CSV, a column for each value ever seen, empty where a step has it not."""
+        columns = list(dict.fromkeys(name for batch in self.batches for name in batch))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns or ["step"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.batches)
+        return text.getvalue()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain Python state, enough to go on exactly, in the middle of an epoch too."""
+        return {
+            "sample_every_n_steps": self.sample_every_n_steps,
+            "statistics": {n: s.state_dict() for n, s in self.statistics.items()},
+            "batches": [dict(b) for b in self.batches],
+            "finished": [row.model_dump() for row in self._finished],
+            "epoch": asdict(self._epoch) if self._epoch is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self.sample_every_n_steps = state["sample_every_n_steps"]
+        self.statistics = _load_statistics(state["statistics"])
+        self.batches = [dict(b) for b in state["batches"]]
+        self._finished = [EpochRow.model_validate(row) for row in state["finished"]]
+        epoch = state["epoch"]
+        self._epoch = (
+            _Epoch(**{**epoch, "statistics": _load_statistics(epoch["statistics"])}) if epoch else None
+        )
+
+    def _enter(self, epoch: int) -> _Epoch:
+        """The running epoch, after finishing the one before it if this is another."""
+        if self._epoch is None or self._epoch.epoch != epoch:
+            if self._epoch is not None:
+                self._finished.append(self._row(self._epoch))
+            self._epoch = _Epoch(epoch)
+        return self._epoch
+
+    def _push(self, name: str, value: float, epoch: _Epoch) -> None:
+        for statistics in (self.statistics, epoch.statistics):
+            running = statistics.get(name)
+            if running is None:
+                running = statistics[name] = RunningStatistics()
+            running.push(value)
+
+    def _sample(self, batch: dict[str, float | None]) -> None:
+        self.batches.append(batch)
+        if len(self.batches) > _MAX_SAMPLED_STEPS:
+            self.sample_every_n_steps *= 2
+            self.batches = [b for b in self.batches if (b["step"] or 0) % self.sample_every_n_steps == 0]
+
+    def _row(self, epoch: _Epoch) -> EpochRow:
+        loss = epoch.statistics.get("loss")
+        values: dict[str, float | None] = dict.fromkeys(EPOCH_FIELDS)
+        values["train_loss"] = _known(loss.mean) if loss is not None else None
+        if epoch.timed_seconds > 0:
+            values["tokens_per_second"] = epoch.timed_tokens / epoch.timed_seconds
+        values.update({n: v for n, v in epoch.given.items() if math.isfinite(v)})
+        improvement, why_not = self._improvement(values)
+        values["improvement"] = improvement if values["improvement"] is None else values["improvement"]
+        reasons = {**_DEFAULT_REASONS, "improvement": why_not, **epoch.reasons}
+        reasons |= {n: f"the value was {v}" for n, v in epoch.given.items() if not math.isfinite(v)}
+        return EpochRow(
+            epoch=epoch.epoch,
+            step=epoch.step or None,
+            **values,
+            metrics={name: _summary(running) for name, running in epoch.statistics.items()},
+            not_measured={name: reasons[name] for name in EPOCH_FIELDS if values[name] is None},
+        )
+
+    def _improvement(self, values: Mapping[str, float | None]) -> tuple[float | None, str]:
+        """Relative fall of the validation loss since the epoch before; without one, of the training loss."""
+        if not self._finished:
+            return None, "the first epoch has none before it"
+        before = self._finished[-1]
+        for now, then in ((values["val_loss"], before.val_loss), (values["train_loss"], before.train_loss)):
+            if now is not None and then:
+                return (then - now) / then, ""
+        return None, "no loss was measured in both this epoch and the one before"
+
+
+_DEFAULT_REASONS = {
+    "train_loss": "no finite loss was recorded",
+    "val_loss": "no validation loss was recorded in this epoch",
+    "accuracy": "no accuracy was recorded in this epoch",
+    "tokens_per_second": "no step of this epoch had both a token count and a time",
+    "compression_ratio": "no compression_ratio was logged",
+    "speedup": "no speedup was logged",
+}
+
+
+def _summary(running: RunningStatistics) -> MetricStatistics:
+    return MetricStatistics(
+        count=running.count,
+        mean=_known(running.mean),
+        min=_known(running.min),
+        max=_known(running.max),
+        std=_known(running.std),
+        first=_known(running.first),
+        last=_known(running.last),
+        non_finite=running.non_finite,
+    )
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _load_statistics(state: dict[str, dict[str, Any]]) -> dict[str, RunningStatistics]:
+    return {name: RunningStatistics.from_state_dict(s) for name, s in state.items()}

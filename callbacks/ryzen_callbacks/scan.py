@@ -1,0 +1,110 @@
+"""Find anomalies in the log of a finished run: `python -m ryzen_callbacks.scan FILE.csv|TENSORBOARD_DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ryzen_callbacks.anomaly import Anomaly
+from ryzen_callbacks.detector import AnomalyDetector, signals_of
+
+# What logs call a value, and what it is called here. A leading "train/" is taken off first.
+_NAMES = {
+    "loss": ("loss", 1.0),
+    "train_loss": ("loss", 1.0),
+    "train_loss_step": ("loss", 1.0),
+    "grad_norm": ("grad_norm", 1.0),
+    "step_time": ("step_time_s", 1.0),
+    "step_time_s": ("step_time_s", 1.0),
+    "step_time_ms": ("step_time_s", 1e-3),
+    "data_wait_s": ("data_wait_s", 1.0),
+    "tokens_per_second": ("tokens_per_second", 1.0),
+    "samples_per_second": ("samples_per_second", 1.0),
+    "memory_bytes": ("memory_bytes", 1.0),
+    "val_accuracy": ("accuracy", 1.0),
+}
+
+Rows = dict[int, dict[str, float]]
+
+
+def scan(path: str | Path, plateau_steps: int | None = None) -> list[Anomaly]:
+    """The anomalies in a CSV file (.csv or .csv.gz, with a `step` column) or a folder of TensorBoard events.
+
+    Raises:
+        ValueError: there is nothing there to look at, or a value is no number.
+    """
+    path = Path(path)
+    rows = _read_tensorboard(path) if path.is_dir() else _read_csv(path)
+    if not rows:
+        raise ValueError(f"{path} has no column or tag that is known here; known are {', '.join(_NAMES)}")
+    detector = AnomalyDetector(plateau_steps=plateau_steps)
+    found = []
+    for step in sorted(rows):
+        values = rows[step]
+        found += detector.update(step=step, **signals_of(values), accuracy=values.get("accuracy"))
+    return found
+
+
+def _read_csv(path: Path) -> Rows:
+    rows: Rows = {}
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if "step" not in (reader.fieldnames or ()):
+                raise ValueError(f"{path} has no column 'step'")
+            for record in reader:
+                for column, text in record.items():
+                    _put(rows, int(float(record["step"])), column, text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} as CSV: {error}") from error
+    return rows
+
+
+def _read_tensorboard(path: Path) -> Rows:
+    rows: Rows = {}
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            _put(rows, event.step, tag, event.value)
+    return rows
+
+
+def _put(rows: Rows, step: int, name: str | None, value: str | float | None) -> None:
+    known = _NAMES.get((name or "").removeprefix("train/"))
+    if known is None or value is None or value == "":
+        return
+    key, unit = known
+    rows.setdefault(step, {}).setdefault(key, float(value) * unit)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one line an anomaly; the exit status is 0, or 2 if the log cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m ryzen_callbacks.scan", description=__doc__)
+    parser.add_argument("path", help="a CSV file with a step column, or a folder of TensorBoard events")
+    parser.add_argument("--plateau-steps", type=int, help="also report a loss that is flat for so many steps")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    options = parser.parse_args(arguments)
+    try:
+        found = scan(options.path, options.plateau_steps)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps([anomaly.row().model_dump(mode="json") for anomaly in found], indent=2))
+        return 0
+    for anomaly in found:
+        print(f"{anomaly.step:>8}  {anomaly.kind:<16}  {anomaly.severity:<8}  {anomaly.message}")
+    print(f"{len(found)} anomalies" if found else "no anomalies")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""Text in, batches of token ids out: corpora, tokenizer, token store and the LightningDataModule."""
+
+from ryzen_llm.data.corpus import Corpus, open_corpus
+from ryzen_llm.data.datamodule import TextDataModule
+from ryzen_llm.data.token_store import TokenStore
+from ryzen_llm.data.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["Corpus", "StreamDecoder", "TextDataModule", "TokenStore", "Tokenizer", "open_corpus"]

@@ -1,0 +1,198 @@
+"""The decoding loop."""
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ryzen_llm.cache import CACHES, KVCache, build_cache
+from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import supports_bf16
+from ryzen_llm.model import Transformer
+
+WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `Generator.generate` made, and how fast.
+
+    Attributes:
+        ids: Prompt and new tokens, (batch, time) int64.
+        new_ids: The new tokens alone, a stop token included; a row that stopped before the others is filled
+            up with its stop token.
+        stop_reason: "stop" if every row met a stop token, otherwise "length".
+        time_to_first_token_s: Seconds from the call to the first new token.
+        tokens_per_second: New tokens of all rows after the first, over the seconds they took; None if there
+            was only the first.
+        accepted_per_step: Tokens a step of speculative decoding gave on average; None without a drafter.
+    """
+
+    ids: Tensor
+    new_ids: Tensor
+    stop_reason: Literal["stop", "length"]
+    time_to_first_token_s: float
+    tokens_per_second: float | None
+    accepted_per_step: float | None
+
+
+class Generator:
+    """Generates with a model whose own weights, mode and compilation are left as they are.
+
+    Args:
+        model: The model; its weights are taken as they are now.
+        cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`.
+        drafter: Name of a drafter for speculative decoding; none is built yet.
+        weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, or "fp32".
+        compile: Compile the step that decodes one token; the first call then takes seconds longer.
+
+    Raises InputError for an unknown cache, drafter or kind of weights.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        cache: str = "dense",
+        drafter: str | None = None,
+        weights: str = "bf16",
+        compile: bool = False,
+    ) -> None:
+        if cache not in CACHES:
+            raise InputError(f"unknown cache {cache!r}: choose one of {', '.join(sorted(CACHES))}")
+        if drafter is not None:
+            raise InputError(f"unknown drafter {drafter!r}: none is built yet, leave it out")
+        if weights not in WEIGHTS:
+            raise InputError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
+        self.device = next(model.parameters()).device
+        if weights == "bf16" and not supports_bf16(self.device):
+            warnings.warn(f"{self.device} has no bf16 arithmetic: decoding with fp32 weights", stacklevel=2)
+            weights = "fp32"
+        self.weights = weights
+        self.cache = cache
+        self.compile = compile
+        # A copy of the modules around the weights in their decoding dtype; where that is theirs already, the
+        # memory is shared.
+        cast = {
+            id(p): nn.Parameter(p.detach().to(WEIGHTS[weights]), requires_grad=False)
+            for p in model.parameters()
+        }
+        self.model: Transformer = copy.deepcopy(model, cast).eval()
+        if compile:
+            self.model.compile_blocks()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        on_token: Callable[[list[int]], None] | None = None,
+    ) -> Generation:
+        """Continue `input_ids`, (time,) or (batch, time) int64.
+
+        Args:
+            input_ids: The prompts, all of the same length.
+            max_new_tokens: How many tokens to add at most.
+            temperature: See `Sampling`; 0 is greedy.
+            top_k: See `Sampling`.
+            top_p: See `Sampling`.
+            seed: Makes sampling repeatable; None draws a new seed.
+            stop_tokens: Ids that end a row.
+            on_token: Called with the new id of every row as soon as it is known, for streaming.
+
+        Raises InputError for prompts or settings that cannot work.
+        """
+        started = time.perf_counter()
+        sampling = Sampling(temperature, top_k, top_p)
+        input_ids = self._check_prompt(input_ids, max_new_tokens)
+        batch_size, prompt_length = input_ids.shape
+        rng = torch.Generator(self.device)
+        rng.seed() if seed is None else rng.manual_seed(seed)
+        cache = build_cache(
+            self.cache,
+            self.model.config,
+            batch_size=batch_size,
+            max_length=prompt_length + max_new_tokens,
+            dtype=WEIGHTS[self.weights],
+            device=self.device,
+        )
+        stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=self.device)
+        stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
+
+        new_ids: list[Tensor] = []
+        first_token_at = started
+        while len(new_ids) < max_new_tokens:
+            if not new_ids:
+                token = sampling.sample(self._prefill(input_ids, cache), rng)
+                first_token_at = self._now()
+            else:
+                sampled = sampling.sample(self._next_logits(new_ids[-1][:, None], cache), rng)
+                token = torch.where(stopped, new_ids[-1], sampled)
+            new_ids.append(token)
+            if on_token is not None:
+                on_token(token.tolist())
+            if stop_tokens:
+                stopped |= torch.isin(token, stops)
+                if stopped.all():
+                    break
+
+        timed_tokens = batch_size * (len(new_ids) - 1)
+        added = torch.stack(new_ids, dim=1)
+        return Generation(
+            ids=torch.cat((input_ids, added), dim=1),
+            new_ids=added,
+            stop_reason="stop" if stopped.all() else "length",
+            time_to_first_token_s=first_token_at - started,
+            tokens_per_second=timed_tokens / (self._now() - first_token_at) if timed_tokens else None,
+            accepted_per_step=None,
+        )
+
+    def _prefill(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        if not self.compile:
+            return self._next_logits(input_ids, cache)
+        with torch.compiler.set_stance("force_eager"):  # every length of prompt would compile anew
+            return self._next_logits(input_ids, cache)
+
+    def _next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        return self.model.logits(self.model.hidden_states(input_ids, cache)[:, -1])
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _check_prompt(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        config = self.model.config
+        if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or not input_ids.numel():
+            raise InputError(
+                f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}, "
+                "expected one or more tokens as (time,) or (batch, time) int64"
+            )
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        input_ids = input_ids.view(-1, input_ids.shape[-1]).to(self.device)
+        length = input_ids.shape[1] + max_new_tokens
+        if length > config.max_position_embeddings:
+            raise InputError(
+                f"a prompt of {input_ids.shape[1]} and {max_new_tokens} new tokens make {length}, expected "
+                f"at most max_position_embeddings = {config.max_position_embeddings}: shorten one of them"
+            )
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise InputError(
+                f"input_ids reach from {low} to {high}, expected 0 to {config.vocab_size - 1}: "
+                "is this the model's own tokenizer?"
+            )
+        return input_ids

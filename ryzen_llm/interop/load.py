@@ -1,0 +1,30 @@
+"""`load_pretrained`: a model and its tokenizer from wherever they are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ryzen_llm.data import Tokenizer
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import Transformer
+from ryzen_llm.training import load_checkpoint, newest_checkpoint
+
+
+def load_pretrained(path: str | Path) -> tuple[Transformer, Tokenizer]:
+    """The model (fp32, on the CPU, in eval mode) and tokenizer at `path`.
+
+    `path` is a checkpoint file of this project, or the output directory of a run, of which the newest checkpoint
+    is taken. Raises InputError for anything else, and for a damaged or foreign file.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"model {path}: no such file or directory")
+    if path.is_file():
+        return load_checkpoint(path)
+    newest = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if newest is None:
+        raise InputError(
+            f"model {path}: holds no checkpoint; expected a .ckpt file or the output directory of "
+            "scripts/train.py"
+        )
+    return load_checkpoint(newest)

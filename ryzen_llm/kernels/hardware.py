@@ -1,0 +1,49 @@
+"""What the processor at hand can do, as PyTorch says; what it does not say counts as absent."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class CpuFeatures:
+    """The CPU's name where PyTorch knows it, and which of the instruction sets that matter here it has."""
+
+    name: str | None
+    avx2: bool
+    avx512: bool
+    avx512_bf16: bool
+    avx512_vnni: bool
+    amx_bf16: bool
+    arm_bf16: bool
+
+
+def cpu_features() -> CpuFeatures:
+    """Ask `torch.cpu.get_capabilities()`, or on a build without it the older single checks."""
+    report = getattr(torch.cpu, "get_capabilities", None)
+    found: dict[str, Any] = dict(report()) if report is not None else {}
+
+    def has(capability: str, older_check: str | None = None) -> bool:
+        check = getattr(torch.cpu, older_check, None) if older_check and not found else None
+        return bool(check() if check is not None else found.get(capability, False))
+
+    return CpuFeatures(
+        name=found.get("cpu_name"),
+        avx2=has("avx2", "_is_avx2_supported"),
+        avx512=has("avx512_f", "_is_avx512_supported"),
+        avx512_bf16=has("avx512_bf16", "_is_avx512_bf16_supported"),
+        avx512_vnni=has("avx512_vnni", "_is_vnni_supported"),
+        amx_bf16=has("amx_bf16"),
+        arm_bf16=has("bf16") or has("arm_bf16"),
+    )
+
+
+def supports_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware; emulated bf16 is slower than fp32, so False."""
+    if device.type == "cpu":
+        features = cpu_features()
+        return features.avx512_bf16 or features.amx_bf16 or features.arm_bf16
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return False

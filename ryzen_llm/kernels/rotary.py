@@ -1,0 +1,24 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split as in Llama checkpoints."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angle position * theta^(-2i / head_dim), for i in 0 .. head_dim/2 - 1.
+
+    `positions` is (time,) of integers; both results are (time, head_dim / 2) in fp32 on its device.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + head_dim/2]) by its angle, in fp32.
+
+    `x` is (..., time, head_dim), queries or keys; `cos` and `sin` come from `rotary_table`. The result has
+    `x`'s shape and dtype.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,201 @@
+"""A decoder-only transformer of the Llama family (Touvron et al. 2023, arXiv:2302.13971) on a page."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ryzen_llm.cache import KVCache, LayerCache
+from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import apply_rotary, causal_attention, cross_entropy, rms_norm, rotary_table, swiglu
+from ryzen_llm.model.config import ModelConfig
+from ryzen_llm.model.embedding import build_embedding
+
+
+class RMSNorm(nn.Module):
+    """`kernels.rms_norm` with a learned weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_size = config.num_heads * config.head_dim
+        self.kv_size = config.num_kv_heads * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
+        """(batch, time, hidden_size) -> the same shape; `cos` and `sin` as from `rotary_table`."""
+        batch, time, _ = hidden_states.shape
+        projected = self.qkv_proj(hidden_states).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        q, k, v = (x.view(batch, time, -1, self.head_dim) for x in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        context = causal_attention(q, k, v) if cache is None else cache.attend(q, k, v)
+        output: Tensor = self.o_proj(context.transpose(1, 2).reshape(batch, time, self.q_size))
+        return output
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        output: Tensor = self.down_proj(swiglu(self.gate_up_proj(hidden_states)))
+        return output
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
+        """(batch, time, hidden_size) -> (batch, time, hidden_size)."""
+        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), cos, sin, cache)
+        output: Tensor = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return output
+
+
+class NextTokenLoss(nn.Module):
+    """Output head and cross-entropy as one region to compile; it holds no parameters."""
+
+    def forward(
+        self, output_head: Callable[[Tensor], Tensor], hidden_states: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `Transformer.loss`."""
+        return cross_entropy(output_head(hidden_states), targets)
+
+
+class Transformer(nn.Module):
+    """Token ids in, next-token logits out.
+
+    Weights start as in GPT-2: normal with deviation 0.02, the projections back into the residual stream
+    divided by sqrt(2 * num_layers), drawn from torch's global generator.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = build_embedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.next_token_loss = NextTokenLoss()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                into_residual = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(
+                    module.weight, std=0.02 / (math.sqrt(2 * config.num_layers) if into_residual else 1)
+                )
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits (batch, time, vocab_size) of the token after each of `input_ids` (batch, time) int64.
+
+        With a `cache`, `input_ids` continue the tokens in it, and theirs are added. Raises InputError for
+        another dtype or shape, for more tokens than max_position_embeddings, for a full cache, and for a
+        cache used while gradients are recorded.
+        """
+        return self.logits(self.hidden_states(input_ids, cache))
+
+    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the output head sees, after the last norm: (batch, time, hidden_size). See `forward`."""
+        self._check(input_ids, cache)
+        time = input_ids.shape[1]
+        positions = torch.arange(time, device=input_ids.device) if cache is None else cache.append(time)
+        # Computed afresh, not kept in buffers: it is cheap, and `model.to(torch.bfloat16)` cannot round it.
+        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        hidden_states = self.embedding.lookup(input_ids)
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, cos, sin, None if cache is None else cache.layers[index])
+        normed: Tensor = self.norm(hidden_states)
+        return normed
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The output head: (..., hidden_size) -> (..., vocab_size)."""
+        return self.embedding.logits(hidden_states) if self.head is None else self.head(hidden_states)
+
+    def loss(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of `targets` (batch, time) int64 in nats, and how many had the largest logit.
+
+        `targets[:, t]` is the token after `input_ids[:, t]`; -100 is left out. Both are scalar tensors, the
+        loss fp32, the count int64. Raises InputError as `forward` does.
+        """
+        if targets.shape != input_ids.shape or targets.dtype != torch.int64:
+            raise InputError(
+                f"targets are {tuple(targets.shape)} {targets.dtype}, expected int64 shaped like input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
+        loss, num_correct = self.next_token_loss(self.logits, self.hidden_states(input_ids), targets)
+        return loss, num_correct
+
+    def compile_blocks(self) -> None:
+        """Compile in place, region by region: the blocks share one compilation, and names stay as they are.
+
+        A copy of the model (`copy.deepcopy`, pickling) is not compiled.
+        """
+        for region in (*self.blocks, self.norm, self.next_token_loss):
+            region.compile()
+
+    def num_parameters(self, exclude_embedding: bool = False) -> int:
+        """Number of parameters, a tied embedding counted once; or of all but the embedding's."""
+        excluded = set(self.embedding.parameters()) if exclude_embedding else set()
+        return sum(p.numel() for p in self.parameters() if p not in excluded)
+
+    def flops_per_token(self, context: int) -> int:
+        """Floating-point operations of forward and backward per token at `context` tokens a sequence.
+
+        6 per parameter, the output head included and the lookup not, and 12 * num_layers * num_heads *
+        head_dim * context for attention, the masked half counted too, as in appendix B of PaLM (Chowdhery et
+        al. 2022, arXiv:2204.02311). The optimiser and recomputation are not counted.
+        """
+        config = self.config
+        weights = self.num_parameters(exclude_embedding=not config.tie_embeddings)
+        return 6 * weights + 12 * config.num_layers * config.num_heads * config.head_dim * context
+
+    def _check(self, input_ids: Tensor, cache: KVCache | None) -> None:
+        if input_ids.dtype != torch.int64 or input_ids.dim() != 2:
+            raise InputError(
+                f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}, expected (batch, time) int64"
+            )
+        length = input_ids.shape[1] + (0 if cache is None else cache.length)
+        if not input_ids.shape[1] or length > self.config.max_position_embeddings:
+            raise InputError(
+                f"the sequence has {length} tokens, expected 1 to max_position_embeddings = "
+                f"{self.config.max_position_embeddings}: shorten it, or use a model with a longer context"
+            )
+        if cache is not None and torch.is_grad_enabled():
+            raise InputError(
+                "a cache is for inference only: call under torch.inference_mode() or torch.no_grad()"
+            )

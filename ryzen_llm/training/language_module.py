@@ -1,0 +1,137 @@
+"""The LightningModule: a Transformer, its loss, its optimiser and what it logs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from ryzen_llm.model import ModelConfig, Transformer
+from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
+
+CHECKPOINT_KEY = "ryzen_llm"
+"""Where a checkpoint keeps what is needed to rebuild the model, as plain types."""
+
+CHECKPOINT_FORMAT = 1
+
+
+class LanguageModule(pl.LightningModule):
+    """Trains a decoder-only transformer to predict the next token.
+
+    Batches are int64 tensors of shape (batch, context + 1): positions ``[:-1]`` are the input and ``[1:]`` the
+    targets. Logs ``val_loss`` (nats per token), ``val_perplexity`` and ``val_accuracy`` (next token, greedy) at
+    validation, and the same under ``test_``; per-step training figures are the collector's business.
+
+    Args:
+        config: Shape of the model.
+        optimizer: AdamW's settings and the schedule.
+        compile: Compile each block and the loss with torch.compile when fitting starts. One block is compiled
+            and reused for all layers, so the warm-up does not grow with depth.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig | None = None,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = Transformer(config)
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.compile_blocks = compile
+        self.mean_loss = MeanMetric()
+        self.accuracy = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Compile the blocks, once."""
+        if self.compile_blocks:
+            self.model.compile_blocks()
+            self.compile_blocks = False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (batch, time, vocab) of token ids (batch, time)."""
+        logits: Tensor = self.model(input_ids)
+        return logits
+
+    def tokens_in_batch(self, batch: Tensor) -> int:
+        """Target tokens of a batch; there is no padding. `TrainingMetricsCollector` counts with it."""
+        return batch[:, 1:].numel()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean cross-entropy of the batch, in nats per token, fp32."""
+        loss, _ = self.model.loss(batch[:, :-1], batch[:, 1:])
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def _evaluate(self, batch: Tensor) -> None:
+        targets = batch[:, 1:]
+        loss, correct = self.model.loss(batch[:, :-1], targets)
+        self.mean_loss.update(loss, weight=targets.numel())
+        self.accuracy.update(correct / targets.numel(), weight=targets.numel())
+
+    def _log_evaluation(self, split: str) -> None:
+        loss = self.mean_loss.compute()
+        self.log_dict(
+            {
+                f"{split}_loss": loss,
+                f"{split}_perplexity": loss.exp(),
+                f"{split}_accuracy": self.accuracy.compute(),
+            },
+            prog_bar=split == "val",
+        )
+        self.mean_loss.reset()
+        self.accuracy.reset()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Accumulate loss and accuracy over the validation split, every token counted once."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Accumulate loss and accuracy over the test split."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test figures."""
+        self._log_evaluation("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, fused where the device has it, with the schedule stepped every optimizer step."""
+        optimizer = build_adamw(self.model, self.optimizer_config, fused=self.trainer.precision != "16-mixed")
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.optimizer_config.factor(step, total_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip under bf16 autocast too.
+
+        Lightning refuses to clip for fused AdamW under any autocast, because fp16 gradients would still be
+        scaled there; bf16 has no scaler.
+        """
+        if gradient_clip_val and self.trainer.precision == "bf16-mixed" and gradient_clip_algorithm != "value":
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's shape. (The data module adds the tokenizer, so that the file is enough to generate.)"""
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": CHECKPOINT_FORMAT,
+            "model": self.model.config.to_dict(),
+            "optimizer": asdict(self.optimizer_config),
+        }

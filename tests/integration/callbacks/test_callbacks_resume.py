@@ -1,0 +1,92 @@
+"""A run that is interrupted and resumed reports what an uninterrupted one reports, timings aside."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
+from tiny_run import Tiny
+
+TIMINGS = ("step_time_s", "data_wait_s", "tokens_per_second", "samples_per_second", "memory_bytes")
+
+
+class Resumable:
+    """A loader that goes on in the middle of an epoch, as Lightning asks of one: by its state."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+        self.next = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.next = self.next, 0
+        for index in range(start, len(self.batches)):
+            self.given = index + 1
+            yield self.batches[index]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.given % len(self.batches)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def without_timings(value: Any) -> Any:
+    if isinstance(value, dict):
+        timed = (*TIMINGS, "metadata", "not_measured")
+        return {key: without_timings(item) for key, item in value.items() if key not in timed}
+    if isinstance(value, list):
+        return [without_timings(item) for item in value]
+    return value
+
+
+@pytest.mark.parametrize("stop_at", [1, 10, 21])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_resumed_report_equals_the_uninterrupted_one(
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+    stop_at: int,
+    accumulate: int,
+) -> None:
+    """The log interval is 3, so that the checkpoints at 1 and 10 find steps that are not handed out yet.
+    A checkpoint on an epoch's last batch is left out: resuming, Lightning skips that epoch's validation.
+    """
+
+    def run(
+        name: str, checkpoint: Path | None = None, **settings: Any
+    ) -> tuple[Any, TrainingMetricsCollector]:
+        path = tmp_path / f"{name}.json"
+        callbacks = [
+            TrainingMetricsCollector(path, sample_every_n_steps=2),
+            AnomalyDetector(actions={"stall": "record"}),
+            *settings.pop("callbacks", []),
+        ]
+        trainer = make_trainer(callbacks=callbacks, accumulate_grad_batches=accumulate, **settings)
+        data = Resumable(list(make_loader()))
+        trainer.fit(Tiny(), data, make_loader(8), ckpt_path=checkpoint)
+        return json.loads(path.read_text()), callbacks[0]
+
+    whole, _ = run("whole", max_epochs=4)
+    saver = ModelCheckpoint(tmp_path, filename="c", every_n_train_steps=stop_at, save_top_k=1)
+    _, first = run("first", max_epochs=4, max_steps=stop_at, callbacks=[saver], enable_checkpointing=True)
+    resumed, second = run("second", checkpoint=tmp_path / "c.ckpt", max_epochs=4)
+    assert without_timings(resumed) == without_timings(whole)
+    assert resumed["metadata"]["experiment_id"] == first.report().metadata.experiment_id
+    assert second.last_step == 64 // accumulate
+
+
+def test_the_state_is_plain_python(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """Nothing that a weights-only load would refuse, and nothing that needs this package to be unpickled."""
+    callbacks = [TrainingMetricsCollector(), AnomalyDetector()]
+    make_trainer(callbacks=callbacks, max_steps=10).fit(tiny, make_loader())
+    for callback in callbacks:
+        state = callback.state_dict()
+        assert json.loads(json.dumps(state)) == state

@@ -1,0 +1,53 @@
+"""A run over two processes, started by test_callbacks_two_processes.py; each rank writes what it saw."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from ryzen_callbacks import AnomalyDetector, Claim, OptimizationValidator, TrainingMetricsCollector
+from tiny_run import Tiny, dataset
+from torch.utils.data import DataLoader
+
+
+class FaultOnOneRank(Tiny):
+    """At the eleventh step the second rank's loss is NaN, and only its."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_step == 10 and self.global_rank == 1 else loss
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    module = FaultOnOneRank()
+    claim = Claim(name="half", baseline=lambda: 2, optimized=lambda: 1, measure="bytes", threshold=2.0)
+    detector = AnomalyDetector({"non_finite": "stop"})
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    trainer = Trainer(
+        max_epochs=9,
+        accelerator="cpu",
+        strategy="ddp",
+        devices=2,
+        log_every_n_steps=3,
+        default_root_dir=folder,
+        callbacks=[collector, detector, OptimizationValidator([claim])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+    )
+    data = DataLoader(dataset(), batch_size=4)
+    trainer.fit(module, data, data)
+    seen = {
+        "losses": module.batch_losses,
+        "steps": trainer.global_step,
+        "anomalies": [(a.step, a.kind) for a in detector.anomalies],
+    }
+    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

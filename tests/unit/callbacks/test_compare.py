@@ -1,0 +1,44 @@
+"""Two commands are compared by the same method as claims."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from ryzen_callbacks.compare import main
+
+SLEEP = f"{sys.executable} -S -c 'import time; time.sleep({{}})'"
+
+
+def test_the_slower_command_fails_a_claimed_speed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """B takes a tenth of a second more than A: it is nowhere near twice as fast, whatever the noise."""
+    report = tmp_path / "report.json"
+    status = main(
+        [SLEEP.format(0), SLEEP.format(0.1), "--threshold", "2", "--rounds", "6", "--report", str(report)]
+    )
+    assert status == 0
+    assert capsys.readouterr().out.startswith("FAIL: speedup 0.")
+    (result,) = json.loads(report.read_text())["results"]
+    assert result["measured"] < 1
+    assert len(result["samples"]["baseline"]) == 6
+    assert result["optimized"]["name"] == SLEEP.format(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-program", "true"], "NOT_MEASURED: not measured: measuring raised FileNotFoundError"),
+        (["false", "true"], "NOT_MEASURED: not measured: measuring raised CalledProcessError"),
+        (["", "true"], "a command is empty"),
+        (["true", "true", "--rounds", "0"], "rounds is 0"),
+        (["true", "true", "--threshold", "nan"], "threshold is nan"),
+    ],
+)
+def test_what_cannot_be_compared_says_why(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.out + captured.err

@@ -1,0 +1,240 @@
+"""The decoding loop gives what stepwise scoring without a cache gives, and what transformers generates."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ryzen_llm.decoding import Generator, Sampling
+from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import CpuFeatures
+from ryzen_llm.model import ModelConfig, Transformer
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+from hf_weights import reference_pair
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(max_position_embeddings=128, **SHAPE))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # so that the next token depends on the context
+    return model
+
+
+@pytest.fixture(scope="module")
+def generator(model: Transformer) -> Generator:
+    return Generator(model, weights="fp32")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> torch.Tensor:
+    return torch.randint(0, 101, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def without_cache(
+    model: Transformer, ids: torch.Tensor, steps: int, sampling: Sampling, seed: int
+) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = torch.cat((ids, sampling.sample(model(ids)[:, -1], rng)[:, None]), 1)
+    return ids
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
+def test_greedy_ids_are_those_transformers_generates(architecture: str, prompts: torch.Tensor) -> None:
+    model, reference = reference_pair(architecture, **SHAPE)
+    expected = reference.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False
+    )
+    assert len(set(expected.flatten().tolist())) > 20, "a reference that repeats itself tests nothing"
+    assert torch.equal(Generator(model, weights="fp32").generate(prompts, max_new_tokens=40).ids, expected)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.8, top_k=20, top_p=0.9)])
+def test_ids_are_those_of_scoring_without_a_cache(
+    model: Transformer, generator: Generator, prompts: torch.Tensor, sampling: Sampling
+) -> None:
+    result = generator.generate(
+        prompts,
+        max_new_tokens=30,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=11,
+    )
+    assert torch.equal(result.ids, without_cache(model, prompts, 30, sampling, seed=11))
+    assert torch.equal(result.ids, torch.cat((prompts, result.new_ids), 1))
+    assert result.stop_reason == "length"
+
+
+def test_seeds_repeat_and_no_seed_differs(generator: Generator, prompts: torch.Tensor) -> None:
+    def draw(seed: int | None) -> torch.Tensor:
+        return generator.generate(prompts, max_new_tokens=20, temperature=2.0, seed=seed).new_ids
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert not torch.equal(draw(None), draw(None))
+
+
+def test_one_dimension_is_a_batch_of_one(generator: Generator, prompts: torch.Tensor) -> None:
+    result = generator.generate(prompts[1], max_new_tokens=5)
+    assert torch.equal(result.ids, generator.generate(prompts[1:2], max_new_tokens=5).ids)
+
+
+def test_a_row_ends_at_its_stop_token_while_others_go_on(generator: Generator, prompts: torch.Tensor) -> None:
+    free = generator.generate(prompts, max_new_tokens=30).new_ids
+    stop = int(free[0, 6])
+    result = generator.generate(prompts, max_new_tokens=30, stop_tokens=[stop])
+    for row, unstopped in zip(result.new_ids.tolist(), free.tolist(), strict=True):
+        end = unstopped.index(stop) + 1 if stop in unstopped else 30
+        expected = unstopped[:end] + [stop] * (30 - end)
+        assert row == expected[: len(row)]
+    assert any(stop not in row for row in free.tolist()), "every row stopped: the test shows nothing"
+    assert result.stop_reason == "length"
+
+
+def test_generation_ends_when_every_row_has_stopped(generator: Generator, prompts: torch.Tensor) -> None:
+    free = generator.generate(prompts, max_new_tokens=30).new_ids
+    stops = free[:, 4].tolist()
+    last = max(next(i for i, token in enumerate(row) if token in stops) for row in free.tolist())
+    result = generator.generate(prompts, max_new_tokens=30, stop_tokens=stops)
+    assert result.stop_reason == "stop"
+    assert result.new_ids.shape[1] == last + 1 <= 5
+
+
+def test_a_stop_on_the_last_permitted_token_is_a_stop(generator: Generator, prompts: torch.Tensor) -> None:
+    first = generator.generate(prompts[0], max_new_tokens=1).new_ids.item()
+    result = generator.generate(prompts[0], max_new_tokens=1, stop_tokens=[int(first)])
+    assert (result.stop_reason, result.new_ids.tolist()) == ("stop", [[first]])
+
+
+def test_streaming_gives_the_same_ids_one_by_one(generator: Generator, prompts: torch.Tensor) -> None:
+    streamed: list[list[int]] = []
+    result = generator.generate(prompts, max_new_tokens=12, temperature=1.0, seed=3, on_token=streamed.append)
+    assert torch.tensor(streamed).T.equal(result.new_ids)
+
+
+def test_speed_counts_the_tokens_after_the_first(
+    generator: Generator, prompts: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that moves by 2 s a reading: one at the start, at the first token and at the end."""
+    readings = iter(range(0, 100, 2))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(readings)))
+    result = generator.generate(prompts, max_new_tokens=5)
+    assert result.time_to_first_token_s == 2.0
+    assert result.tokens_per_second == 3 * 4 / 2.0
+    assert result.accepted_per_step is None
+
+
+def test_a_single_token_has_no_speed(generator: Generator, prompts: torch.Tensor) -> None:
+    assert generator.generate(prompts, max_new_tokens=1).tokens_per_second is None
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp32"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_callers_model_is_left_as_it_was(
+    model: Transformer, prompts: torch.Tensor, weights: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ryzen_llm.decoding.generator.supports_bf16", lambda device: True)
+    model.train(training)
+    before = {name: (p.data_ptr(), p.dtype, p.clone()) for name, p in model.named_parameters()}
+    Generator(model, weights=weights).generate(prompts, max_new_tokens=3)
+    assert model.training is training
+    for name, parameter in model.named_parameters():
+        address, dtype, value = before[name]
+        assert (parameter.data_ptr(), parameter.dtype, parameter.requires_grad) == (address, dtype, True)
+        assert torch.equal(parameter, value)
+
+
+def test_fp32_weights_are_shared_and_bf16_weights_are_rounded_copies(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ryzen_llm.decoding.generator.supports_bf16", lambda device: True)
+    shared, rounded = Generator(model, weights="fp32").model, Generator(model, weights="bf16").model
+    for ours, same, copy in zip(model.parameters(), shared.parameters(), rounded.parameters(), strict=True):
+        assert same.data_ptr() == ours.data_ptr()
+        assert torch.equal(copy, ours.bfloat16())
+
+
+def test_hardware_without_bf16_decodes_in_fp32_and_says_so(
+    model: Transformer, generator: Generator, prompts: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = CpuFeatures(
+        name=None,
+        avx2=True,
+        avx512=False,
+        avx512_bf16=False,
+        avx512_vnni=False,
+        amx_bf16=False,
+        arm_bf16=False,
+    )
+    monkeypatch.setattr("ryzen_llm.kernels.hardware.cpu_features", lambda: plain)
+    with pytest.warns(UserWarning, match="cpu has no bf16 arithmetic: decoding with fp32 weights"):
+        fallback = Generator(model, weights="bf16")
+    assert fallback.weights == "fp32"
+    assert torch.equal(fallback.generate(prompts).ids, generator.generate(prompts).ids)
+
+
+def test_a_compiled_step_gives_the_same_ids(
+    model: Transformer, generator: Generator, prompts: torch.Tensor
+) -> None:
+    compiled = Generator(model, weights="fp32", compile=True)
+    expected = generator.generate(prompts, max_new_tokens=20)
+    assert torch.equal(compiled.generate(prompts, max_new_tokens=20).ids, expected.ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cache": "int2"}, "unknown cache 'int2': choose one of dense"),
+        ({"drafter": "suffix"}, "unknown drafter 'suffix': none is built yet"),
+        ({"weights": "int4"}, "unknown weights 'int4': choose one of bf16, fp32"),
+    ],
+)
+def test_unknown_choices_are_named(model: Transformer, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Generator(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("input_ids", "settings", "message"),
+    [
+        (torch.zeros(0, dtype=torch.int64), {}, r"\(0,\) torch.int64, expected one or more tokens"),
+        (torch.zeros(1, 1, 3, dtype=torch.int64), {}, r"\(1, 1, 3\)"),
+        (torch.zeros(3), {}, "float32"),
+        (torch.tensor([5, 101]), {}, "reach from 5 to 101, expected 0 to 100"),
+        (torch.tensor([-1]), {}, "reach from -1"),
+        (
+            torch.zeros(100, dtype=torch.int64),
+            {"max_new_tokens": 29},
+            "make 129.*max_position_embeddings = 128",
+        ),
+        (torch.tensor([1]), {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (torch.tensor([1]), {"temperature": -1.0}, "temperature is -1.0"),
+    ],
+)
+def test_prompts_and_settings_that_cannot_work_are_named(
+    generator: Generator, input_ids: torch.Tensor, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        generator.generate(input_ids, **settings)
+
+
+def test_the_whole_context_can_be_used(model: Transformer, generator: Generator) -> None:
+    ids = torch.arange(100)[None]
+    result = generator.generate(ids, max_new_tokens=28)
+    assert torch.equal(result.ids, without_cache(model, ids, 28, Sampling(), seed=0))
