@@ -13,8 +13,8 @@ from ryzen_llm.training import load_checkpoint, newest_checkpoint
 def load_pretrained(path: str | Path) -> tuple[Transformer, Tokenizer]:
     """The model (fp32, on the CPU, in eval mode) and tokenizer at `path`.
 
-    `path` is a checkpoint file of this project, or the output directory of a run, of which the newest checkpoint
-    is taken. Raises InputError for anything else, and for a damaged or foreign file.
+    `path` is a checkpoint file of this project, or the output directory of a run, of which the newest
+    checkpoint is taken. Raises InputError for anything else, and for a damaged or foreign file.
     """
     path = Path(path).expanduser()
     if not path.exists():

@@ -20,8 +20,8 @@ _MODEL_PREFIX = "model."
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of this project, on the CPU.
 
-    Raises InputError for a file that is missing, truncated, holds anything but tensors and plain types, or was
-    not written by this project.
+    Raises InputError for a file that is missing, truncated, holds anything but tensors and plain types, or
+    was not written by this project.
     """
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file")
@@ -34,8 +34,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(
-            f"checkpoint {path}: truncated or not a checkpoint ({str(error).splitlines()[0]}); use another one "
-            "of its folder"
+            f"checkpoint {path}: truncated or not a checkpoint ({str(error).splitlines()[0]}); use another "
+            "one of its folder"
         ) from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise InputError(f"checkpoint {path}: not of this project; expected one written by scripts/train.py")
@@ -51,8 +51,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path) -> tuple[Transformer, Tokenizer]:
     """The model (fp32, on the CPU, in eval mode) and the tokenizer of a checkpoint.
 
-    Raises InputError as `read_checkpoint` does, and where the checkpoint has no tokenizer or its tensors do not
-    fit its model.
+    Raises InputError as `read_checkpoint` does, and where the checkpoint has no tokenizer or its tensors do
+    not fit its model.
     """
     content = read_checkpoint(path)
     tokenizer = content.get(TextDataModule.__qualname__, {}).get("tokenizer")

@@ -23,9 +23,9 @@ CHECKPOINT_FORMAT = 1
 class LanguageModule(pl.LightningModule):
     """Trains a decoder-only transformer to predict the next token.
 
-    Batches are int64 tensors of shape (batch, context + 1): positions ``[:-1]`` are the input and ``[1:]`` the
-    targets. Logs ``val_loss`` (nats per token), ``val_perplexity`` and ``val_accuracy`` (next token, greedy) at
-    validation, and the same under ``test_``; per-step training figures are the collector's business.
+    Batches are int64 tensors of shape (batch, context + 1): positions ``[:-1]`` are the input and ``[1:]``
+    the targets. Logs ``val_loss`` (nats per token), ``val_perplexity`` and ``val_accuracy`` (next token,
+    greedy) at validation, and the same under ``test_``; the collector has the per-step training figures.
 
     Args:
         config: Shape of the model.
@@ -123,13 +123,17 @@ class LanguageModule(pl.LightningModule):
         Lightning refuses to clip for fused AdamW under any autocast, because fp16 gradients would still be
         scaled there; bf16 has no scaler.
         """
-        if gradient_clip_val and self.trainer.precision == "bf16-mixed" and gradient_clip_algorithm != "value":
+        if (
+            gradient_clip_val
+            and self.trainer.precision == "bf16-mixed"
+            and gradient_clip_algorithm != "value"
+        ):
             torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's shape. (The data module adds the tokenizer, so that the file is enough to generate.)"""
+        """Add the model's shape. (The data module adds the tokenizer, so one file is enough.)"""
         checkpoint[CHECKPOINT_KEY] = {
             "format": CHECKPOINT_FORMAT,
             "model": self.model.config.to_dict(),

@@ -10,9 +10,9 @@ from ryzen_llm.kernels import supports_bf16
 def choose_precision(requested: str | None, device: torch.device) -> tuple[str, str]:
     """The Trainer's `precision` and, in words, why.
 
-    `requested` is a value of Lightning's ``Trainer(precision=...)``; None chooses bf16 autocast where `device`
-    has bf16 arithmetic and fp32 elsewhere. Requested bf16 falls back to fp32 where it would be emulated, which
-    is slower than fp32.
+    `requested` is a value of Lightning's ``Trainer(precision=...)``; None chooses bf16 autocast where
+    `device` has bf16 arithmetic and fp32 elsewhere. Requested bf16 falls back to fp32 where it would be
+    emulated, which is slower than fp32.
     """
     has_bf16 = supports_bf16(device)
     if requested is None:

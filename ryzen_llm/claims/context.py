@@ -1,0 +1,113 @@
+"""What the claims are measured on, against which thresholds, and which optimisations are switched on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import Transformer
+
+_FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
+_PRECISIONS = ("bf16-mixed", "32-true")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the claims and the self-tests have to reach.
+
+    Raises InputError, naming the key, for a value that is not positive and finite or a fraction above 1.
+
+    Args:
+        kernel_speedup_min: Least speed-up of the optimised kernels.
+        compression_ratio_min: Least ratio of the dense embedding's bytes to the compressed one's.
+        kv_cache_memory_savings_min: Least share of the key-value cache's memory saved.
+        speculation_speedup_min: Least speed-up of speculative over plain decoding.
+        e2e_speedup_target: Least speed-up of everything together over the naive baseline.
+        accuracy_loss_max: Largest relative increase of the validation loss.
+        test_pass_rate_min: Least share of the self-tests that ran to pass.
+    """
+
+    kernel_speedup_min: float = 3.0
+    compression_ratio_min: float = 2.0
+    kv_cache_memory_savings_min: float = 0.25
+    speculation_speedup_min: float = 1.2
+    e2e_speedup_target: float = 3.0
+    accuracy_loss_max: float = 0.01
+    test_pass_rate_min: float = 0.95
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            key, value = field.name, getattr(self, field.name)
+            if key in _FRACTIONS:
+                fits, expected = 0 <= value <= 1, "a fraction from 0 to 1"
+            else:
+                fits, expected = 0 < value < math.inf, "a positive number"
+            if not fits:
+                raise InputError(f"{key} is {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Optimizations:
+    """Which optimisations the run uses; one switched off is reported as not measured.
+
+    Args:
+        enable_kernel_optimization: Use and measure the optimised kernels.
+        enable_embedding_compression: Use and measure the compressed embedding.
+        enable_kv_cache_optimization: Use and measure the compressed key-value cache.
+        enable_speculative_decoding: Use and measure speculative decoding.
+    """
+
+    enable_kernel_optimization: bool = True
+    enable_embedding_compression: bool = True
+    enable_kv_cache_optimization: bool = True
+    enable_speculative_decoding: bool = True
+
+
+@dataclass(frozen=True)
+class ClaimContext:
+    """What the claims are measured on. No claim changes the model: each arm works on a copy of its own.
+
+    Raises InputError for no batches or a precision that no recipe has.
+
+    Attributes:
+        model: The trained model, fp32, not compiled.
+        train_batches: Token ids, (batch, context + 1) int64 each.
+        val_batches: The same, of the validation split.
+        precision: Of the run: "bf16-mixed" or "32-true".
+        compile: Whether the run compiles.
+        device: Where the arms run.
+        thresholds: What has to be reached.
+        enabled: What is switched on.
+    """
+
+    model: Transformer
+    train_batches: list[Tensor]
+    val_batches: list[Tensor]
+    precision: str
+    compile: bool
+    device: torch.device
+    thresholds: Thresholds
+    enabled: Optimizations
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise InputError(
+                f"precision is {self.precision!r}, expected {' or '.join(_PRECISIONS)} to measure claims"
+            )
+        for name in ("train_batches", "val_batches"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty, expected at least one batch to measure claims on")
+
+    @property
+    def recipe(self) -> str:
+        """The run's precision and compilation in words."""
+        precision = "bf16 autocast" if self.precision == "bf16-mixed" else "fp32"
+        return f"{precision}, {'compiled blocks' if self.compile else 'not compiled'}"
+
+    def autocast(self) -> torch.autocast:
+        """The autocast of the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")

@@ -1,0 +1,216 @@
+"""The configuration of a run: from files and the command line to objects, with every key checked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+
+from ryzen_llm.claims import Optimizations, Thresholds
+from ryzen_llm.data import TextDataModule
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import PRESETS, ModelConfig
+from ryzen_llm.training import OptimizerConfig
+
+ALIASES = {
+    "num_epochs": "trainer.max_epochs",
+    "batch_size": "data.batch_size",
+    "learning_rate": "optimizer.learning_rate",
+    "target_speedup": "e2e_speedup_target",
+    "accuracy_loss_threshold": "accuracy_loss_max",
+}
+"""Short names for keys, accepted in files and on the command line."""
+
+_DESCRIPTION = """Train a language model, measure what the optimisations gain, and write the reports.
+
+Five phases: setup, training, validation, testing, reporting. Every key below can stand in a YAML or JSON file
+(--config FILE, several times if wanted; the later one wins) or on the command line. Short names: """
+
+# What the pipeline decides itself, and what makes no sense for it.
+_TRAINER_SKIP = {
+    "callbacks",
+    "logger",
+    "plugins",
+    "profiler",
+    "default_root_dir",
+    "barebones",
+    "fast_dev_run",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "model_registry",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The keys that belong to no part.
+
+    Args:
+        output_dir: Folder for checkpoints, logs and reports. An earlier run there is moved aside.
+        resume: Go on from the newest checkpoint in output_dir.
+        strict: Exit with status 3 if a verdict is FAIL.
+        seed: Seed of the weights and of everything else that is drawn.
+        compile: Compile the model's blocks with torch.compile.
+        checkpoint_every_n_steps: Optimizer steps between checkpoints.
+        sample_every_n_steps: Every n-th step is kept in training_metrics_report.json.
+        validation_rounds: Paired rounds for each timed claim; 6 or more give an interval.
+        prompt: Beginning of the sample text at the end.
+    """
+
+    output_dir: str = "runs/default"
+    resume: bool = False
+    strict: bool = False
+    seed: int = 0
+    compile: bool = True
+    checkpoint_every_n_steps: int = 100
+    sample_every_n_steps: int = 100
+    validation_rounds: int = 12
+    prompt: str = "import os\n\n\ndef "
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every_n_steps", "sample_every_n_steps", "validation_rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, expected zero or more")
+        if not self.prompt:
+            raise InputError("prompt is empty, expected the beginning of a text")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole configuration, checked.
+
+    `trainer` holds the arguments of Lightning's Trainer, `model` the name of a preset and the fields that
+    replace its own, `text` all of the configuration as YAML.
+    """
+
+    options: RunOptions
+    thresholds: Thresholds
+    optimizations: Optimizations
+    optimizer: OptimizerConfig
+    data: TextDataModule
+    model: dict[str, Any]
+    trainer: dict[str, Any]
+    text: str
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model's shape for a tokenizer of `vocab_size`; InputError where it does not fit the data."""
+        overrides = {name: value for name, value in self.model.items() if value is not None}
+        name = overrides.pop("name")
+        if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
+            raise InputError(
+                f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} tokens; "
+                "leave it out or raise it"
+            )
+        config = ModelConfig.from_name(name, **overrides)
+        if self.data.context > config.max_position_embeddings:
+            raise InputError(
+                f"data.context is {self.data.context}, more than the model's max_position_embeddings of "
+                f"{config.max_position_embeddings}; lower the one or raise the other"
+            )
+        return config
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of scripts/train.py; its defaults and help come from the docstrings of the parts."""
+    short = ", ".join(f"{alias} = {key}" for alias, key in ALIASES.items())
+    parser = ArgumentParser(prog="train.py", description=_DESCRIPTION + short + ".", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with any of these keys.")
+    for part in (RunOptions, Optimizations, Thresholds):
+        parser.add_class_arguments(part, None)
+    parser.add_class_arguments(TextDataModule, "data")
+    model = parser.add_argument_group("The model: a preset by name, and fields that replace its own")
+    model.add_argument("--model.name", type=str, default="tiny", help=f"One of {', '.join(PRESETS)}.")
+    for field in fields(ModelConfig):
+        assert isinstance(field.type, type)
+        default = "the preset's" if field.default is MISSING else "the preset's, or the model's usual one"
+        model.add_argument(
+            f"--model.{field.name}", type=field.type | None, default=None, help=f"Default: {default}."
+        )
+    parser.add_class_arguments(OptimizerConfig, "optimizer")
+    parser.add_class_arguments(Trainer, "trainer", skip=_TRAINER_SKIP)
+    parser.set_defaults({"trainer.max_epochs": 1, "trainer.gradient_clip_val": 1.0})
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> RunConfig:
+    """The configuration that the command line (and the files it names) gives.
+
+    Raises InputError, naming the key, for anything wrong. `--help` and `--print_config` print and exit.
+    """
+    parser = build_parser()
+    try:
+        namespace = parser.parse_args(_expand(arguments))
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    return from_namespace(parser, namespace)
+
+
+def from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
+    """The checked configuration of parsed arguments."""
+    values = namespace.clone()
+    values.pop("config", None)
+    text = parser.dump(values, skip_none=False)
+
+    def part(cls: Any) -> Any:
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    return RunConfig(
+        options=part(RunOptions),
+        thresholds=part(Thresholds),
+        optimizations=part(Optimizations),
+        optimizer=OptimizerConfig(**values["optimizer"].as_dict()),
+        data=TextDataModule(**values["data"].as_dict()),
+        model=values["model"].as_dict(),
+        trainer=values["trainer"].as_dict(),
+        text=text,
+    )
+
+
+def _expand(arguments: Sequence[str]) -> list[str]:
+    """The command line with short names written out, in its options and in the files that --config names."""
+    expanded: list[str] = []
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and name[2:] in ALIASES:
+            argument = f"--{ALIASES[name[2:]]}{equals}{value}"
+        elif name == "--config" and equals:
+            argument = f"--config={_read_config(value)}"
+        elif position and arguments[position - 1] == "--config":
+            argument = _read_config(argument)
+        expanded.append(argument)
+    return expanded
+
+
+def _read_config(path: str) -> str:
+    """A configuration file as one JSON text with the short names written out."""
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"--config {path}: cannot be read ({reason})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: not YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected keys and values, found {type(content).__name__}")
+    for alias in ALIASES.keys() & content.keys():
+        part, _, key = ALIASES[alias].rpartition(".")
+        target = content.setdefault(part, {}) if part else content
+        if not isinstance(target, dict):
+            raise InputError(f"--config {path}: {part} is {target!r}, expected keys and values")
+        target[key] = content.pop(alias)
+    return json.dumps(content, default=str)
+
+
+def exit_with(error: InputError) -> int:
+    """Print the error as one line on stderr; returns the exit status for bad input."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,266 @@
+"""The five phases of a run, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from lightning.pytorch import Trainer, seed_everything
+from rich.console import Console
+from rich.progress import Progress
+from ryzen_callbacks import OptimizationValidator, ValidationReport, write_json
+from torch import Tensor
+
+from ryzen_llm.claims import ClaimContext, build_claims
+from ryzen_llm.decoding import Generator
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import Transformer
+from ryzen_llm.pipeline.config import RunConfig
+from ryzen_llm.pipeline.html_report import write_html_report
+from ryzen_llm.pipeline.output_dir import claim_output_dir
+from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
+from ryzen_llm.pipeline.screen import show_summary
+from ryzen_llm.pipeline.training import CHECKPOINTS, TENSORBOARD, TRAINING_REPORT, build_trainer, train
+from ryzen_llm.selftest import IntegrationTestReport, IntegrationTestRunner
+from ryzen_llm.training import LanguageModule, choose_precision, newest_checkpoint
+
+VALIDATION_REPORT = "validation_report.json"
+TEST_REPORT = "integration_test_report.json"
+FINAL_REPORT = "phase2_final_report.json"
+HTML_REPORT = "report.html"
+_SAMPLE_TOKENS = 120
+
+
+@dataclass
+class Orchestrator:
+    """Runs setup, training, validation, testing and reporting for one configuration.
+
+    Setup changes nothing on disk but the token cache until everything given has been checked, so that bad
+    input leaves nothing half-written. A later phase that fails is reported, the phases that need it are
+    skipped, and the reporting phase still runs.
+    """
+
+    config: RunConfig
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.config.options.output_dir).expanduser().absolute()
+        self.phases: list[Phase] = []
+        self.validation: ValidationReport | None = None
+        self.tests: IntegrationTestReport | None = None
+        self.accuracy = Accuracy(reason="training did not finish")
+        self.sample: str | None = None
+        self._lock: FileLock | None = None
+
+    def run(self) -> FinalReport:
+        """All phases; the report is also in the output directory.
+
+        Raises InputError for bad configuration or input, found in setup.
+        """
+        try:
+            self._run_setup()
+            self._phase("training", self._train, needs="setup")
+            self._phase("validation", self._validate, needs="training")
+            self._phase("testing", self._test, needs="training")
+            return self._report()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _run_setup(self) -> None:
+        started = time.perf_counter()
+        self.console.rule("setup")
+        options, data = self.config.options, self.config.data
+        data.prepare_data()
+        model_config = self.config.model_config(data.tokenizer.vocab_size)
+        seed_everything(options.seed, verbose=False)
+        device = _device(self.config.trainer.get("accelerator", "auto"))
+        precision, why = choose_precision(self.config.trainer.get("precision"), device)
+        self.module = LanguageModule(model_config, self.config.optimizer, compile=options.compile)
+        self._lock = claim_output_dir(self.output_dir, options.resume)
+        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if options.resume else None
+        try:
+            self.trainer: Trainer = build_trainer(
+                self.config, self.output_dir, precision, self.module.model.flops_per_token(data.context)
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            if not any(self.output_dir.iterdir()):
+                self.output_dir.rmdir()
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        (self.output_dir / "config.yaml").write_text(self.config.text, encoding="utf-8")
+        if options.resume:
+            where = (
+                f"from {self.resume_from.name}" if self.resume_from else "from the start: no checkpoint yet"
+            )
+            self.console.print(f"resuming {where}")
+        self.console.print(
+            f"{data.store.corpus}: {data.num_tokens('train'):,} training tokens; "
+            f"model {self.config.model['name']} with {self.module.model.num_parameters():,} parameters; "
+            f"{device.type} ({why}): {precision}; torch.compile {'on' if options.compile else 'off'}"
+        )
+        self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
+
+    def _phase(self, name: str, work: Callable[[], None], needs: str) -> None:
+        needed = next(phase for phase in self.phases if phase.name == needs)
+        if needed.status != "done":
+            self.phases.append(
+                Phase(name=name, status="skipped", duration_s=None, error=f"{needs} {needed.status}")
+            )
+            return
+        self.console.rule(name)
+        started = time.perf_counter()
+        status: Literal["done", "failed", "interrupted"] = "done"
+        error = None
+        try:
+            work()
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
+            status, error = "interrupted", "interrupted"
+        except Exception as caught:
+            status, error = "failed", traceback.format_exc()
+            self.console.print(f"[red]{name} failed:[/red] {caught}")
+        self.phases.append(
+            Phase(name=name, status=status, duration_s=time.perf_counter() - started, error=error)
+        )
+
+    def _train(self) -> None:
+        train(self.trainer, self.module, self.config, self.resume_from)
+        measured = self.trainer.callback_metrics
+        missing = [name for name in ("val_loss", "val_accuracy") if name not in measured]
+        self.accuracy = Accuracy(
+            val_loss=float(measured["val_loss"]) if "val_loss" in measured else None,
+            val_accuracy=float(measured["val_accuracy"]) if "val_accuracy" in measured else None,
+            unigram_entropy=self.config.data.store.unigram_entropy,
+            reason=f"not logged in this session: {', '.join(missing)}" if missing else None,
+        )
+        model = self._trained_model()
+        tokenizer = self.config.data.tokenizer
+        prompt = torch.tensor(tokenizer.encode(self.config.options.prompt))
+        room = model.config.max_position_embeddings - len(prompt)
+        generation = Generator(model).generate(
+            prompt, max_new_tokens=min(_SAMPLE_TOKENS, room), temperature=0.7, top_p=0.9, seed=0
+        )
+        self.sample = tokenizer.decode(generation.ids[0].tolist())
+
+    def _trained_model(self) -> Transformer:
+        """The trained weights in a model that is not compiled."""
+        model = Transformer(self.module.model.config)
+        model.load_state_dict(self.module.model.state_dict())
+        return model.eval()
+
+    def _batches(self, split: Literal["train", "val"], count: int) -> list[Tensor]:
+        data = self.config.data
+        if split == "train":
+            return list(islice(data.train_dataloader(), count))
+        return [batch for loader in data.val_dataloader() for batch in islice(loader, count)]
+
+    def _validate(self) -> None:
+        options = self.config.options
+        context = ClaimContext(
+            model=self._trained_model(),
+            train_batches=self._batches("train", 3),
+            val_batches=self._batches("val", 8),
+            precision=str(self.trainer.precision),
+            compile=options.compile,
+            device=self.module.device,
+            thresholds=self.config.thresholds,
+            enabled=self.config.optimizations,
+        )
+        with Progress(console=self.console) as progress:
+            bars = {}
+
+            def on_progress(name: str, done: int, total: int) -> None:
+                if name not in bars:
+                    bars[name] = progress.add_task(name, total=total)
+                progress.update(bars[name], completed=done, total=total)
+
+            validator = OptimizationValidator(
+                build_claims(context),
+                path=self.output_dir / VALIDATION_REPORT,
+                rounds=options.validation_rounds,
+                on_progress=on_progress,
+            )
+            self.validation = validator.validate()
+
+    def _test(self) -> None:
+        runner = IntegrationTestRunner(
+            self._trained_model(), self.config.data.tokenizer, self._batches("val", 1)
+        )
+        self.tests = runner.run(self.output_dir / TEST_REPORT)
+
+    def _report(self) -> FinalReport:
+        started = time.perf_counter()
+        results = self.validation.results if self.validation else []
+        components = {
+            result.name: Component(
+                status=result.status,
+                measured=result.measured,
+                ci_low=result.ci_low,
+                ci_high=result.ci_high,
+                threshold=result.threshold,
+                message=result.message,
+            )
+            for result in results
+        }
+        statuses = {phase.status for phase in self.phases}
+        status: Literal["done", "failed", "interrupted"] = "done"
+        if "failed" in statuses:
+            status = "failed"
+        elif "interrupted" in statuses:
+            status = "interrupted"
+        names = {
+            "training": TRAINING_REPORT,
+            "validation": VALIDATION_REPORT,
+            "tests": TEST_REPORT,
+            "html": HTML_REPORT,
+            "tensorboard": TENSORBOARD,
+            "checkpoints": CHECKPOINTS,
+            "config": "config.yaml",
+        }
+        report = FinalReport(
+            status=status,
+            phases=[*self.phases, Phase(name="reporting", status="done", duration_s=None)],
+            optimizations=components,
+            e2e_speedup=components.get("end_to_end"),
+            accuracy=self.accuracy,
+            tests=self.tests.summary.model_dump() if self.tests else None,
+            sample=self.sample,
+            recommendations=_recommendations(components),
+            artifacts={
+                key: name for key, name in names.items() if key == "html" or (self.output_dir / name).exists()
+            },
+        )
+        write_html_report(self.output_dir / HTML_REPORT, report, self.output_dir / TRAINING_REPORT)
+        report.phases[-1].duration_s = time.perf_counter() - started
+        write_json(self.output_dir / FINAL_REPORT, report.model_dump())
+        show_summary(self.console, report, self.output_dir)
+        return report
+
+
+def _recommendations(components: dict[str, Component]) -> list[str]:
+    """What the verdicts say to do; nothing where nothing was measured."""
+    advice = {
+        "FAIL": "{name} misses its threshold here: {message}",
+        "WARNING": "{name} is inconclusive here; more rounds (--validation_rounds) on a "
+        "quiet machine may settle it",
+    }
+    return [
+        advice[component.status].format(name=name, message=component.message)
+        for name, component in components.items()
+        if component.status in advice
+    ]
+
+
+def _device(accelerator: str) -> torch.device:
+    """The device that Lightning will choose, for deciding on the precision before there is a Trainer."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,47 @@
+"""The folder of a run: found writable, held by one run at a time, an earlier run moved aside."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ryzen_llm.errors import InputError
+
+
+def claim_output_dir(path: Path, resume: bool) -> FileLock:
+    """Make `path` ready for a run and hold it; release the lock when the run is over.
+
+    Without `resume`, what an earlier run left there moves to the first free of `path-1`, `path-2`, ...:
+    nothing is overwritten. Raises InputError where the folder cannot be written, is no folder, or another run
+    has it.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"output_dir {path}: is a file, expected a folder or a name that is free")
+    lock = FileLock(path.parent / f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"output_dir {path}: another run is writing to it; choose another folder") from None
+    except OSError as error:
+        raise InputError(
+            f"output_dir {path}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    try:
+        if not resume and path.is_dir() and any(path.iterdir()):
+            number = 1
+            while (aside := path.with_name(f"{path.name}-{number}")).exists():
+                number += 1
+            path.rename(aside)
+            print(f"{path} holds an earlier run: moved to {aside}")
+        path.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        lock.release()
+        raise InputError(
+            f"output_dir {path}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    return lock

@@ -1,0 +1,60 @@
+"""phase2_final_report.json: its fields, as pydantic models. A figure that was not measured is None."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+PhaseStatus = Literal["done", "failed", "interrupted", "skipped"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Phase(_Part):
+    """One phase and how it ended; `error` says why it failed or was skipped."""
+
+    name: str
+    status: PhaseStatus
+    duration_s: float | None
+    error: str | None = None
+
+
+class Component(_Part):
+    """One claim, as the validation report has it."""
+
+    status: str
+    measured: float | None
+    ci_low: float | None
+    ci_high: float | None
+    threshold: float | None
+    message: str
+
+
+class Accuracy(_Part):
+    """How good the trained model is, in nats per token; a model that ignores context cannot get below
+    `unigram_entropy`.
+    """
+
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    unigram_entropy: float | None = None
+    reason: str | None = None
+    """Why a figure is None."""
+
+
+class FinalReport(_Part):
+    """The report of the whole run."""
+
+    schema_version: int = 1
+    status: Literal["done", "failed", "interrupted"]
+    phases: list[Phase]
+    optimizations: dict[str, Component]
+    e2e_speedup: Component | None
+    accuracy: Accuracy
+    tests: dict[str, Any] | None
+    sample: str | None
+    recommendations: list[str]
+    artifacts: dict[str, str]

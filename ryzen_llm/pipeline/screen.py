@@ -1,0 +1,40 @@
+"""The one screen at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ryzen_llm.pipeline.report import FinalReport
+
+_COLOURS = {"PASS": "green", "FAIL": "red", "WARNING": "yellow", "NOT_MEASURED": "dim"}
+
+
+def show_summary(console: Console, report: FinalReport, output_dir: Path) -> None:
+    """Verdicts, how good the model is, a sample of its text, and where everything lies."""
+    console.rule("report")
+    if report.optimizations:
+        table = Table("claim", "verdict", "why")
+        for name, result in report.optimizations.items():
+            table.add_row(name, f"[{_COLOURS[result.status]}]{result.status}[/]", escape(result.message))
+        console.print(table)
+    accuracy = report.accuracy
+    if accuracy.val_loss is not None and accuracy.unigram_entropy is not None:
+        console.print(
+            f"validation loss {accuracy.val_loss:.3f} nats per token; "
+            f"unigram entropy of the corpus {accuracy.unigram_entropy:.3f}"
+        )
+    if report.tests:
+        counts = ", ".join(f"{report.tests[key]} {key}" for key in ("passed", "failed", "errors", "skipped"))
+        console.print(f"self-tests: {counts}")
+    if report.sample:
+        console.print(f"\n[bold]The model writes:[/bold]\n{escape(report.sample)}\n")
+    for phase in report.phases:
+        if phase.status != "done":
+            console.print(f"[red]{phase.name} {phase.status}[/red]: {escape((phase.error or '').strip())}")
+    console.print(f"reports: {output_dir / 'report.html'} and the .json files beside it")
+    console.print(f"curves:  tensorboard --logdir {output_dir / 'tensorboard'}")
+    console.print(f'text:    python scripts/generate.py --model {output_dir} --prompt "..."')

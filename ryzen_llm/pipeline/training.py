@@ -1,0 +1,69 @@
+"""The training phase: Lightning's loop with this project's callbacks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
+
+from ryzen_llm.pipeline.config import RunConfig
+from ryzen_llm.training import LanguageModule
+
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+TRAINING_REPORT = "training_metrics_report.json"
+
+
+def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per_token: int) -> Trainer:
+    """The Trainer of a run; it writes below `output_dir` only."""
+    # Lightning suggests worker processes; a window is a slice of a memory map, no work for them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    callbacks: list[Callback] = [
+        TrainingMetricsCollector(
+            output_dir / TRAINING_REPORT,
+            sample_every_n_steps=config.options.sample_every_n_steps,
+            flops_per_token=flops_per_token,
+            metadata={"model": config.model["name"]},
+        ),
+        AnomalyDetector(),
+        ModelCheckpoint(
+            output_dir / CHECKPOINTS,
+            filename="{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=2,  # one to fall back on, should a crash cut off the newer one
+            every_n_train_steps=config.options.checkpoint_every_n_steps,
+        ),
+    ]
+    show_progress = config.trainer.get("enable_progress_bar")
+    if show_progress is None:
+        show_progress = sys.stderr.isatty() or sys.stdout.isatty()
+    if show_progress:
+        callbacks.append(RichProgressBar(refresh_rate=10))
+    settings = {
+        **config.trainer,
+        "precision": precision,
+        "enable_progress_bar": show_progress,
+        "enable_model_summary": False,
+    }
+    return Trainer(
+        **settings,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(output_dir, name=TENSORBOARD, version=""),
+        default_root_dir=output_dir,
+    )
+
+
+def train(trainer: Trainer, module: LanguageModule, config: RunConfig, resume_from: Path | None) -> None:
+    """Fit, from the start or from a checkpoint, and leave a checkpoint of the last step."""
+    trainer.fit(module, datamodule=config.data, ckpt_path=resume_from, weights_only=True)
+    last = Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}.ckpt"
+    if not last.exists():
+        trainer.save_checkpoint(last)

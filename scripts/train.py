@@ -1,0 +1,25 @@
+"""Train a language model, measure what the optimisations gain, and write the reports."""
+
+from __future__ import annotations
+
+import sys
+
+from ryzen_llm.errors import InputError
+from ryzen_llm.pipeline import Orchestrator, exit_with, parse
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 1 a phase failed, 2 bad input, 3 with --strict when a verdict is FAIL."""
+    try:
+        config = parse(arguments)
+        report = Orchestrator(config).run()
+    except InputError as error:
+        return exit_with(error)
+    if report.status != "done":
+        return 1
+    failed = any(result.status == "FAIL" for result in report.optimizations.values())
+    return 3 if config.options.strict and failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""Claims are measured on copies of the model, and what is not built says so."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from ryzen_callbacks import OptimizationValidator
+
+from ryzen_llm.claims import ClaimContext, Optimizations, Thresholds, build_claims
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import ModelConfig, Transformer
+
+
+@pytest.fixture
+def context() -> ClaimContext:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    batches = [torch.randint(300, (2, 41)) for _ in range(6)]
+    return ClaimContext(
+        model=Transformer(config),
+        train_batches=batches[:2],
+        val_batches=batches,
+        precision="32-true",
+        compile=False,
+        device=torch.device("cpu"),
+        thresholds=Thresholds(),
+        enabled=Optimizations(enable_speculative_decoding=False),
+    )
+
+
+def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> None:
+    claims = {claim.name: claim for claim in build_claims(context)}
+    assert list(claims) == [
+        "kernel_performance",
+        "embedding_compression",
+        "kv_cache",
+        "speculative_decoding",
+        "end_to_end",
+        "end_to_end_vs_strong",
+        "numerical_correctness",
+    ]
+    assert "not built yet" in claims["kv_cache"].not_measured_because
+    assert "enable_speculative_decoding" in claims["speculative_decoding"].not_measured_because
+    assert claims["kv_cache"].threshold == 0.25
+
+
+def test_measuring_leaves_the_model_as_it_was(context: ClaimContext) -> None:
+    before = copy.deepcopy(context.model.state_dict())
+    claims = [c for c in build_claims(context) if c.name in ("end_to_end", "numerical_correctness")]
+    speed, loss = OptimizationValidator(claims, rounds=1).validate().results
+    assert speed.status == "WARNING", "one round gives no interval"
+    assert speed.measured is not None
+    assert speed.measured > 0
+    assert "3 optimizer steps on batches of 2 x 40 tokens, then 32 tokens" in speed.description
+    assert loss.status == "PASS"
+    assert loss.measured == 0, "the same recipe twice"
+    for name, tensor in context.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(p.grad is None for p in context.model.parameters())
+
+
+def test_bf16_moves_the_loss_a_little(context: ClaimContext) -> None:
+    context = dataclasses.replace(context, precision="bf16-mixed")
+    claim = build_claims(context)[-1]
+    result = OptimizationValidator([claim]).validate().results[0]
+    assert result.status == "PASS"
+    assert result.measured
+    assert abs(result.measured) < 0.01
+
+
+@pytest.mark.slow
+def test_the_strong_baseline_is_measured(context: ClaimContext) -> None:
+    context = dataclasses.replace(context, precision="bf16-mixed", compile=True)
+    claim = next(c for c in build_claims(context) if c.name == "end_to_end_vs_strong")
+    result = OptimizationValidator([claim], rounds=1).validate().results[0]
+    assert result.status == "WARNING"
+    assert result.threshold == 1.0
+    assert result.tolerance == 0.05
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kernel_speedup_min": 0.0},
+        {"e2e_speedup_target": float("nan")},
+        {"compression_ratio_min": float("inf")},
+        {"accuracy_loss_max": 1.5},
+        {"test_pass_rate_min": -0.1},
+    ],
+)
+def test_thresholds_that_make_no_sense_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Thresholds(**wrong)
+
+
+def test_no_batches_are_refused(context: ClaimContext) -> None:
+    with pytest.raises(InputError, match="val_batches is empty"):
+        dataclasses.replace(context, val_batches=[])
