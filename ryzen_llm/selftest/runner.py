@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,10 @@ class IntegrationTestRunner:
         started = time.perf_counter()
         with patch.dict(os.environ, isolated), contextlib.redirect_stdout(output):
             code = pytest.main([*options, *map(str, self.files)], plugins=[plugin])
+        # pytest would take another folder's file of the same name for the one it has imported already.
+        files = {str(file.resolve()) for file in self.files}
+        for name in [n for n, m in list(sys.modules.items()) if getattr(m, "__file__", None) in files]:
+            del sys.modules[name]
         if isinstance(plugin.interrupted, KeyboardInterrupt):
             raise plugin.interrupted
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
