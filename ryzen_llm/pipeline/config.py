@@ -158,7 +158,7 @@ def from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
     """The checked configuration of parsed arguments."""
     values = namespace.clone()
     values.pop("config", None)
-    text = parser.dump(values, skip_none=False)
+    text = parser.dump(values)
 
     def part(cls: Any) -> Any:
         return cls(**{field.name: values[field.name] for field in fields(cls)})
