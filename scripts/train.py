@@ -9,12 +9,14 @@ from ryzen_llm.pipeline import Orchestrator, exit_with, parse
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 1 a phase failed, 2 bad input, 3 with --strict when a verdict is FAIL."""
+    """Exit status: 0 done, 1 a phase failed, 2 bad input, 3 with --strict a verdict is FAIL, 130 Ctrl-C."""
     try:
         config = parse(arguments)
         report = Orchestrator(config).run()
     except InputError as error:
         return exit_with(error)
+    except KeyboardInterrupt:
+        return 130  # before training; from then on the reports are still written
     if report.status != "done":
         return 1
     failed = any(result.status == "FAIL" for result in report.optimizations.values())

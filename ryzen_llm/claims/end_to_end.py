@@ -45,17 +45,18 @@ def _claim(
     tolerance: float = 0.0,
 ) -> Claim:
     @functools.cache
-    def compile_afresh() -> None:
+    def arms() -> tuple[Arm, Arm]:
         # Dynamo keeps at most 8 compilations of one code object, and all blocks of all arms share theirs;
-        # beyond that it silently runs eager. Once a claim, not once an arm: the other arm's would go too.
+        # beyond that it silently runs eager.
         torch._dynamo.reset()
+        return _build(context, baseline), _build(context, "ours")
 
     batch = context.train_batches[0]
     prompt, new_tokens = _lengths(context)
     return Claim(
         name=name,
-        baseline=_lazy(context, baseline, compile_afresh),
-        optimized=_lazy(context, "ours", compile_afresh),
+        baseline=lambda: arms()[0](),
+        optimized=lambda: arms()[1](),
         measure="time",
         threshold=threshold,
         tolerance=tolerance,
@@ -73,23 +74,6 @@ def _lengths(context: ClaimContext) -> tuple[int, int]:
     longest = context.model.config.max_position_embeddings
     prompt = min(PROMPT_TOKENS, context.val_batches[0].shape[1], longest - 1)
     return prompt, min(NEW_TOKENS, longest - prompt)
-
-
-def _lazy(context: ClaimContext, recipe: Recipe, before: Callable[[], None]) -> Arm:
-    """The arm, built and compiled when it first runs, which is in the untimed warm-up."""
-    built: list[Arm] = []
-
-    def run() -> object:
-        if not built:
-            before()
-            built.append(_build(context, recipe))
-            # Static shapes: otherwise the shapes that one arm compiled for would make the other arm's
-            # compilation of the same code dynamic, and slower than it is on its own.
-            with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
-                return built[0]()
-        return built[0]()
-
-    return run
 
 
 def _build(context: ClaimContext, recipe: Recipe) -> Arm:
@@ -116,13 +100,16 @@ def _build(context: ClaimContext, recipe: Recipe) -> Arm:
     prompt = context.val_batches[0][:1, :prompt_tokens].to(device)
 
     def run() -> object:
-        with torch.enable_grad():
-            for batch in batches:
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    mean_loss, _ = loss(batch[:, :-1], batch[:, 1:])
-                mean_loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad()
-        return generator.generate(prompt, max_new_tokens=new_tokens)
+        # Compiled in the first run, which is not timed. Static shapes: otherwise the shapes that one arm
+        # compiled for would make the other arm's compilation of the same code dynamic, and slower.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            with torch.enable_grad():
+                for batch in batches:
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        mean_loss, _ = loss(batch[:, :-1], batch[:, 1:])
+                    mean_loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return generator.generate(prompt, max_new_tokens=new_tokens)
 
     return run

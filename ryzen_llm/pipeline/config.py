@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -17,6 +17,7 @@ from ryzen_llm.claims import Optimizations, Thresholds
 from ryzen_llm.data import TextDataModule
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import PRESETS, ModelConfig
+from ryzen_llm.pipeline.config_errors import explain
 from ryzen_llm.training import OptimizerConfig
 
 ALIASES = {
@@ -45,6 +46,7 @@ _TRAINER_SKIP = {
     "enable_checkpointing",
     "enable_model_summary",
     "model_registry",
+    "precision",  # added by hand, with the values that the recipes have
 }
 
 
@@ -137,6 +139,12 @@ def build_parser() -> ArgumentParser:
         )
     parser.add_class_arguments(OptimizerConfig, "optimizer")
     parser.add_class_arguments(Trainer, "trainer", skip=_TRAINER_SKIP)
+    parser.add_argument(
+        "--trainer.precision",
+        type=Literal["bf16-mixed", "32-true"] | None,
+        default=None,
+        help="Default: bf16-mixed where the hardware has bf16, else 32-true.",
+    )
     parser.set_defaults({"trainer.max_epochs": 1, "trainer.gradient_clip_val": 1.0})
     return parser
 
@@ -150,7 +158,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     try:
         namespace = parser.parse_args(_expand(arguments))
     except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from error
+        keys = [*ALIASES, *build_parser().get_defaults().keys()]
+        raise InputError(explain(str(error), keys)) from error
     return from_namespace(parser, namespace)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from ryzen_callbacks import OptimizationValidator, ValidationReport, write_json
 from torch import Tensor
 
@@ -27,9 +29,16 @@ from ryzen_llm.pipeline.html_report import write_html_report
 from ryzen_llm.pipeline.output_dir import claim_output_dir
 from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
 from ryzen_llm.pipeline.screen import show_summary
-from ryzen_llm.pipeline.training import CHECKPOINTS, TENSORBOARD, TRAINING_REPORT, build_trainer, train
+from ryzen_llm.pipeline.training import (
+    CHECKPOINTS,
+    CONFIG,
+    TENSORBOARD,
+    TRAINING_REPORT,
+    build_trainer,
+    train,
+)
 from ryzen_llm.selftest import IntegrationTestReport, IntegrationTestRunner
-from ryzen_llm.training import LanguageModule, choose_precision, newest_checkpoint
+from ryzen_llm.training import LanguageModule, check_resumable, choose_precision, newest_checkpoint
 
 VALIDATION_REPORT = "validation_report.json"
 TEST_REPORT = "integration_test_report.json"
@@ -57,44 +66,47 @@ class Orchestrator:
         self.tests: IntegrationTestReport | None = None
         self.accuracy = Accuracy(reason="training did not finish")
         self.sample: str | None = None
-        self._lock: FileLock | None = None
+        # Under DDP, Lightning starts this script once a process: the others train, this one does the rest.
+        self._leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        self.console.quiet = not self._leads
 
     def run(self) -> FinalReport:
         """All phases; the report is also in the output directory.
 
         Raises InputError for bad configuration or input, found in setup.
         """
-        try:
-            self._run_setup()
+        with ExitStack() as held:
+            self._set_up(held)
             self._phase("training", self._train, needs="setup")
+            if not self._leads:
+                return self._final_report()
             self._phase("validation", self._validate, needs="training")
             self._phase("testing", self._test, needs="training")
             return self._report()
-        finally:
-            if self._lock is not None:
-                self._lock.release()
 
-    def _run_setup(self) -> None:
+    def _set_up(self, held: ExitStack) -> None:
         started = time.perf_counter()
         self.console.rule("setup")
         options, data = self.config.options, self.config.data
+        if not data.val_fraction:
+            raise InputError("data.val_fraction is 0, expected more: claims are measured on that text")
+        device = _device(self.config.trainer.get("accelerator", "auto"))
+        precision, why = choose_precision(self.config.trainer.get("precision"), device)
         data.prepare_data()
         model_config = self.config.model_config(data.tokenizer.vocab_size)
         seed_everything(options.seed, verbose=False)
-        device = _device(self.config.trainer.get("accelerator", "auto"))
-        precision, why = choose_precision(self.config.trainer.get("precision"), device)
         self.module = LanguageModule(model_config, self.config.optimizer, compile=options.compile)
-        self._lock = claim_output_dir(self.output_dir, options.resume)
-        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if options.resume else None
         try:
             self.trainer: Trainer = build_trainer(
                 self.config, self.output_dir, precision, self.module.model.flops_per_token(data.context)
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            if not any(self.output_dir.iterdir()):
-                self.output_dir.rmdir()
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-        (self.output_dir / "config.yaml").write_text(self.config.text, encoding="utf-8")
+        if self._leads:
+            held.enter_context(claim_output_dir(self.output_dir, options.resume))
+        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if options.resume else None
+        if self.resume_from:
+            check_resumable(self.resume_from, model_config)
         if options.resume:
             where = (
                 f"from {self.resume_from.name}" if self.resume_from else "from the start: no checkpoint yet"
@@ -123,6 +135,8 @@ class Orchestrator:
         except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
             status, error = "interrupted", "interrupted"
         except Exception as caught:
+            if name == "training" and isinstance(caught, InputError):
+                raise  # the checkpoint to resume from does not fit the data
             status, error = "failed", traceback.format_exc()
             self.console.print(f"[red]{name} failed:[/red] {caught}")
         self.phases.append(
@@ -131,13 +145,13 @@ class Orchestrator:
 
     def _train(self) -> None:
         train(self.trainer, self.module, self.config, self.resume_from)
+        if "val_loss" not in self.trainer.callback_metrics:  # a finished run, resumed: nothing was left to do
+            self.trainer.validate(self.module, datamodule=self.config.data, verbose=False)
         measured = self.trainer.callback_metrics
-        missing = [name for name in ("val_loss", "val_accuracy") if name not in measured]
         self.accuracy = Accuracy(
-            val_loss=float(measured["val_loss"]) if "val_loss" in measured else None,
-            val_accuracy=float(measured["val_accuracy"]) if "val_accuracy" in measured else None,
+            val_loss=float(measured["val_loss"]),
+            val_accuracy=float(measured["val_accuracy"]),
             unigram_entropy=self.config.data.store.unigram_entropy,
-            reason=f"not logged in this session: {', '.join(missing)}" if missing else None,
         )
         model = self._trained_model()
         tokenizer = self.config.data.tokenizer
@@ -172,8 +186,8 @@ class Orchestrator:
             thresholds=self.config.thresholds,
             enabled=self.config.optimizations,
         )
-        with Progress(console=self.console) as progress:
-            bars = {}
+        with Progress(console=self.console, transient=True) as progress:
+            bars: dict[str, TaskID] = {}
 
             def on_progress(name: str, done: int, total: int) -> None:
                 if name not in bars:
@@ -190,12 +204,28 @@ class Orchestrator:
 
     def _test(self) -> None:
         runner = IntegrationTestRunner(
-            self._trained_model(), self.config.data.tokenizer, self._batches("val", 1)
+            self._trained_model(),
+            self.config.data.tokenizer,
+            self._batches("val", 1),
+            self.output_dir / TRAINING_REPORT,
         )
-        self.tests = runner.run(self.output_dir / TEST_REPORT)
+        with Progress(console=self.console, transient=True) as progress:
+            bar = progress.add_task("self-tests")
+            self.tests = runner.run(
+                self.output_dir / TEST_REPORT,
+                lambda _, done, total: progress.update(bar, completed=done, total=total),
+            )
 
     def _report(self) -> FinalReport:
         started = time.perf_counter()
+        report = self._final_report()
+        write_html_report(self.output_dir / HTML_REPORT, report, self.output_dir / TRAINING_REPORT)
+        report.phases[-1].duration_s = time.perf_counter() - started
+        write_json(self.output_dir / FINAL_REPORT, report.model_dump())
+        show_summary(self.console, report, self.output_dir)
+        return report
+
+    def _final_report(self) -> FinalReport:
         results = self.validation.results if self.validation else []
         components = {
             result.name: Component(
@@ -221,9 +251,9 @@ class Orchestrator:
             "html": HTML_REPORT,
             "tensorboard": TENSORBOARD,
             "checkpoints": CHECKPOINTS,
-            "config": "config.yaml",
+            "config": CONFIG,
         }
-        report = FinalReport(
+        return FinalReport(
             status=status,
             phases=[*self.phases, Phase(name="reporting", status="done", duration_s=None)],
             optimizations=components,
@@ -236,11 +266,6 @@ class Orchestrator:
                 key: name for key, name in names.items() if key == "html" or (self.output_dir / name).exists()
             },
         )
-        write_html_report(self.output_dir / HTML_REPORT, report, self.output_dir / TRAINING_REPORT)
-        report.phases[-1].duration_s = time.perf_counter() - started
-        write_json(self.output_dir / FINAL_REPORT, report.model_dump())
-        show_summary(self.console, report, self.output_dir)
-        return report
 
 
 def _recommendations(components: dict[str, Component]) -> list[str]:

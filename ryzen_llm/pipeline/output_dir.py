@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -10,8 +12,9 @@ from filelock import FileLock, Timeout
 from ryzen_llm.errors import InputError
 
 
-def claim_output_dir(path: Path, resume: bool) -> FileLock:
-    """Make `path` ready for a run and hold it; release the lock when the run is over.
+@contextmanager
+def claim_output_dir(path: Path, resume: bool) -> Iterator[None]:
+    """Make `path` ready for a run, and keep other runs out of it until the context is left.
 
     Without `resume`, what an earlier run left there moves to the first free of `path-1`, `path-2`, ...:
     nothing is overwritten. Raises InputError where the folder cannot be written, is no folder, or another run
@@ -26,9 +29,16 @@ def claim_output_dir(path: Path, resume: bool) -> FileLock:
     except Timeout:
         raise InputError(f"output_dir {path}: another run is writing to it; choose another folder") from None
     except OSError as error:
-        raise InputError(
-            f"output_dir {path}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+        raise _unwritable(path, error) from error
+    try:
+        _prepare(path, resume)
+        yield
+    finally:
+        Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _prepare(path: Path, resume: bool) -> None:
     try:
         if not resume and path.is_dir() and any(path.iterdir()):
             number = 1
@@ -40,8 +50,8 @@ def claim_output_dir(path: Path, resume: bool) -> FileLock:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        lock.release()
-        raise InputError(
-            f"output_dir {path}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    return lock
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"output_dir {path}: cannot be written ({error.strerror}); choose another folder")

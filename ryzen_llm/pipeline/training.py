@@ -8,9 +8,11 @@ import warnings
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
+from ryzen_callbacks.atomic_file import write_text
 
 from ryzen_llm.pipeline.config import RunConfig
 from ryzen_llm.training import LanguageModule
@@ -18,12 +20,17 @@ from ryzen_llm.training import LanguageModule
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 TRAINING_REPORT = "training_metrics_report.json"
+CONFIG = "config.yaml"
 
 
 def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per_token: int) -> Trainer:
     """The Trainer of a run; it writes below `output_dir` only."""
     # Lightning suggests worker processes; a window is a slice of a memory map, no work for them.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning's own business with PyTorch.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    # A short run is no mistake: the collector logs every step whatever the interval.
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     callbacks: list[Callback] = [
         TrainingMetricsCollector(
@@ -41,6 +48,8 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
             save_top_k=2,  # one to fall back on, should a crash cut off the newer one
             every_n_train_steps=config.options.checkpoint_every_n_steps,
         ),
+        # Not before: a checkpoint to resume from that does not fit is refused with nothing changed.
+        LambdaCallback(on_train_start=lambda *_: _write_config(output_dir / CONFIG, config.text)),
     ]
     show_progress = config.trainer.get("enable_progress_bar")
     if show_progress is None:
@@ -64,6 +73,13 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
 def train(trainer: Trainer, module: LanguageModule, config: RunConfig, resume_from: Path | None) -> None:
     """Fit, from the start or from a checkpoint, and leave a checkpoint of the last step."""
     trainer.fit(module, datamodule=config.data, ckpt_path=resume_from, weights_only=True)
+    assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     last = Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}.ckpt"
-    if not last.exists():
+    # The newest it wrote, which every process knows; not whether the file is there, which depends on timing.
+    if str(last) != trainer.checkpoint_callback.best_model_path:
         trainer.save_checkpoint(last)
+
+
+@rank_zero_only
+def _write_config(path: Path, text: str) -> None:
+    write_text(path, text)

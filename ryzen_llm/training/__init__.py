@@ -1,6 +1,6 @@
 """Training: the LightningModule, its optimiser and schedules, and its checkpoints."""
 
-from ryzen_llm.training.checkpoint import load_checkpoint, newest_checkpoint
+from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newest_checkpoint
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
@@ -9,6 +9,7 @@ __all__ = [
     "LanguageModule",
     "OptimizerConfig",
     "build_adamw",
+    "check_resumable",
     "choose_precision",
     "load_checkpoint",
     "newest_checkpoint",

@@ -26,25 +26,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a foreign pickle's protocol; the error says enough
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"checkpoint {path}: not a plain checkpoint, refused ({str(error).splitlines()[0]}); expected a "
+            f"checkpoint {path}: not a plain checkpoint, refused ({_first_line(error)}); expected a "
             "checkpoint written by scripts/train.py"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(
-            f"checkpoint {path}: truncated or not a checkpoint ({str(error).splitlines()[0]}); use another "
+            f"checkpoint {path}: truncated or not a checkpoint ({_first_line(error)}); use another "
             "one of its folder"
         ) from error
-    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+    if not isinstance(content, dict) or not isinstance(content.get(CHECKPOINT_KEY), dict):
         raise InputError(f"checkpoint {path}: not of this project; expected one written by scripts/train.py")
-    written = content[CHECKPOINT_KEY].get("format")
-    if written != CHECKPOINT_FORMAT:
+    ours = content[CHECKPOINT_KEY]
+    if ours.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
-            f"checkpoint {path}: has format {written}, this version reads format {CHECKPOINT_FORMAT}; "
-            "use the version of ryzen-llm that wrote it"
+            f"checkpoint {path}: has format {ours.get('format')}, this version reads format "
+            f"{CHECKPOINT_FORMAT}; use the version of ryzen-llm that wrote it"
         )
+    if missing := {"model", "state_dict"} - {*ours, *content}:
+        raise InputError(f"checkpoint {path}: is incomplete, it has no {' and no '.join(sorted(missing))}")
     return content
 
 
@@ -58,17 +62,35 @@ def load_checkpoint(path: Path) -> tuple[Transformer, Tokenizer]:
     tokenizer = content.get(TextDataModule.__qualname__, {}).get("tokenizer")
     if tokenizer is None:
         raise InputError(f"checkpoint {path}: holds no tokenizer; it was not trained with TextDataModule")
-    model = Transformer(ModelConfig.from_dict(content[CHECKPOINT_KEY]["model"]))
     weights = {
         name.removeprefix(_MODEL_PREFIX): tensor
         for name, tensor in content["state_dict"].items()
         if name.startswith(_MODEL_PREFIX)
     }
     try:
+        model = Transformer(ModelConfig.from_dict(content[CHECKPOINT_KEY]["model"]))
         model.load_state_dict(weights)
+        return model.eval(), Tokenizer.from_json(tokenizer)
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
     except RuntimeError as error:
-        raise InputError(f"checkpoint {path}: its tensors do not fit its model: {error}") from error
-    return model.eval(), Tokenizer.from_json(tokenizer)
+        raise InputError(
+            f"checkpoint {path}: its tensors do not fit its model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def check_resumable(path: Path, config: ModelConfig) -> None:
+    """Raise InputError, naming the fields that differ, where the checkpoint is not of a model of `config`."""
+    saved = ModelConfig.from_dict(read_checkpoint(path)[CHECKPOINT_KEY]["model"]).to_dict()
+    changes = [
+        f"model.{name} is {value}, was {saved[name]}"
+        for name, value in config.to_dict().items()
+        if saved[name] != value
+    ]
+    if changes:
+        raise InputError(
+            f"resume: {path} has another model ({', '.join(changes)}); restore it, or start a new run"
+        )
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -85,3 +107,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
         else:
             return steps[step]
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
