@@ -1,0 +1,177 @@
+"""A checkpoint gives back its model and tokenizer; any other file gives one clear error and runs no code."""
+
+import os
+import pickle
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ryzen_llm.data import TextDataModule
+from ryzen_llm.errors import InputError
+from ryzen_llm.interop import load_pretrained
+from ryzen_llm.training import LanguageModule, load_checkpoint, newest_checkpoint
+
+Checkpoint = tuple[Path, LanguageModule]
+
+
+def test_a_round_trip_gives_the_same_model_and_tokenizer(
+    checkpoint: Checkpoint, data: TextDataModule
+) -> None:
+    path, module = checkpoint
+    model, tokenizer = load_checkpoint(path)
+    assert model.config == module.model.config
+    assert not model.training
+    for (name, read), (_, written) in zip(
+        model.state_dict().items(), module.model.state_dict().items(), strict=True
+    ):
+        assert torch.equal(read, written), name
+    text = "alpha naïve\n return 東京"
+    assert tokenizer.encode(text) == data.tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.end_of_text_id == data.tokenizer.end_of_text_id
+
+
+def test_the_checkpoint_is_of_trained_weights_not_of_the_first_ones(
+    checkpoint: Checkpoint, data: TextDataModule
+) -> None:
+    """Otherwise the round trip would hold for a checkpoint that was saved too early, too."""
+    model, _ = load_checkpoint(checkpoint[0])
+    ids = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+    assert loss < torch.log(torch.tensor(data.tokenizer.vocab_size)) - 0.1
+
+
+def test_a_compiled_module_leaves_a_checkpoint_that_reads_the_same(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """torch.compile must not add `_orig_mod` to the names."""
+    path, module = checkpoint
+    names = set(torch.load(path, weights_only=True)["state_dict"])
+    module.compile_blocks = True
+    module.configure_model()
+    assert set(module.state_dict()) == names
+
+
+def test_the_newest_is_by_step_not_by_name_or_date(checkpoint: Checkpoint) -> None:
+    path, _ = checkpoint
+    for step in (10, 9, 100):
+        shutil.copy(path, path.with_name(f"step={step}.ckpt"))
+    os.utime(path.with_name("step=100.ckpt"), (0, 0))
+    assert newest_checkpoint(path.parent) == path.with_name("step=100.ckpt")
+
+
+@pytest.mark.parametrize("left", [0, 10, 0.3, 0.999])
+def test_a_newest_that_was_cut_off_is_passed_over_with_a_warning(checkpoint: Checkpoint, left: float) -> None:
+    path, module = checkpoint
+    content = path.read_bytes()
+    kept = left if isinstance(left, int) else int(left * len(content))
+    path.with_name("step=7.ckpt").write_bytes(content[:kept])
+    with pytest.warns(UserWarning, match="step=7.ckpt.*taking the one before"):
+        assert newest_checkpoint(path.parent) == path
+    with pytest.warns(UserWarning, match="step=7.ckpt"):
+        model, _ = load_pretrained(path.parent.parent)
+    assert torch.equal(model.embedding.weight, module.model.embedding.weight)
+
+
+def test_no_checkpoint_is_none_and_an_error_to_load(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert newest_checkpoint(empty) is None
+    assert newest_checkpoint(tmp_path / "missing") is None
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        load_pretrained(empty)
+
+
+class Malicious:
+    """Unpickling this makes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.target,)
+
+
+def without(key: str) -> Callable[[Path, dict[str, Any]], None]:
+    def save(path: Path, content: dict[str, Any]) -> None:
+        torch.save({name: value for name, value in content.items() if name != key}, path)
+
+    return save
+
+
+def changed(**changes: Any) -> Callable[[Path, dict[str, Any]], None]:
+    return lambda path, content: torch.save(content | changes, path)
+
+
+def bare_zip(path: Path, content: dict[str, Any]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "no tensors here")
+
+
+def renamed_tensor(path: Path, content: dict[str, Any]) -> None:
+    weights = dict(content["state_dict"])
+    weights["model.other"] = weights.pop("model.norm.weight")
+    torch.save(content | {"state_dict": weights}, path)
+
+
+def other_shape(path: Path, content: dict[str, Any]) -> None:
+    ours = content["ryzen_llm"]
+    torch.save(content | {"ryzen_llm": ours | {"model": ours["model"] | {"hidden_size": 32}}}, path)
+
+
+FOREIGN: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
+    "a pickle of plain types": lambda path, _: path.write_bytes(pickle.dumps({"state_dict": {}})),
+    "a pickle that runs code": lambda path, _: path.write_bytes(
+        pickle.dumps(Malicious(path.with_name("ran")))
+    ),
+    "a torch file that runs code": lambda path, content: torch.save(
+        content | {"extra": Malicious(path.with_name("ran"))}, path
+    ),
+    "an old-style torch file that runs code": lambda path, content: torch.save(
+        content | {"extra": Malicious(path.with_name("ran"))}, path, _use_new_zipfile_serialization=False
+    ),
+    "a zip without tensors": bare_zip,
+    "a safetensors file": lambda path, content: save_file({"weight": torch.zeros(2)}, path),
+    "a text": lambda path, _: path.write_text("weights"),
+    "an empty file": lambda path, _: path.touch(),
+    "a tensor": lambda path, _: torch.save(torch.zeros(3), path),
+    "a list": lambda path, _: torch.save([1, 2], path),
+    "no section of this project": without("ryzen_llm"),
+    "a section that is no mapping": changed(ryzen_llm="yes"),
+    "another format": changed(ryzen_llm={"format": 99}),
+    "no shape of the model": changed(ryzen_llm={"format": 1}),
+    "an unknown field in the shape": changed(ryzen_llm={"format": 1, "model": {"colour": 3}}),
+    "no weights": without("state_dict"),
+    "weights of another name": renamed_tensor,
+    "weights of another shape": other_shape,
+    "no tokenizer": without("TextDataModule"),
+    "a tokenizer that is none": changed(TextDataModule={"tokenizer": "{}", "store_key": "x"}),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_file_is_one_clear_error_and_runs_nothing(kind: str, checkpoint: Checkpoint) -> None:
+    path, _ = checkpoint
+    content = torch.load(path, weights_only=True)
+    foreign = path.with_name("foreign.ckpt")
+    FOREIGN[kind](foreign, content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"foreign\.ckpt") as raised:
+            load_pretrained(foreign)
+    assert "\n" not in str(raised.value)
+    assert not foreign.with_name("ran").exists()
+
+
+def test_the_malicious_pickle_would_have_run(tmp_path: Path) -> None:
+    """The trap of the test above works."""
+    pickle.loads(pickle.dumps(Malicious(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
