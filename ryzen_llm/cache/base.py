@@ -18,6 +18,8 @@ class AttentionShape(Protocol):
     def num_kv_heads(self) -> int: ...  # noqa: D102
     @property
     def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def layer_windows(self) -> Sequence[int]: ...  # noqa: D102
 
 
 class LayerCache(ABC):
@@ -32,7 +34,8 @@ class LayerCache(ABC):
         """Write the new tokens' keys and values, then attend over everything up to each of them.
 
         `queries` is (batch, heads, time, head_dim), `keys` and `values` (batch, kv_heads, time, head_dim),
-        for the positions that the last `KVCache.append` gave out. The result is shaped like `queries`.
+        for the positions that the last `KVCache.append` gave out. A layer with a window lets each token see
+        that many, itself the last (`AttentionShape.layer_windows`). The result is shaped like `queries`.
         """
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ryzen_llm.cache.base import AttentionShape, KVCache, LayerCache
+from ryzen_llm.kernels import visible
 
 SMALLEST_PREFIX = 256
 
@@ -15,7 +16,8 @@ class DenseLayer(LayerCache):
     positions: Tensor
     mask: Tensor
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, ...], window: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.window = window
         # Zeros, not empty: masked positions weigh nothing in attention, but 0 * NaN would.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -54,7 +56,7 @@ class DenseCache(KVCache):
     ) -> None:
         super().__init__(max_length)
         shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.layers = [DenseLayer(shape, dtype, device) for _ in range(config.num_layers)]
+        self.layers = [DenseLayer(shape, window, dtype, device) for window in config.layer_windows]
         self._positions = torch.arange(max_length, device=device)
 
     @property
@@ -68,7 +70,8 @@ class DenseCache(KVCache):
         prefix = SMALLEST_PREFIX
         while prefix < end:
             prefix *= 2
-        mask = self._positions[:prefix] <= positions[:, None]
+        windows = {layer.window for layer in self.layers}
+        masks = {window: visible(positions, self._positions[:prefix], window) for window in windows}
         for layer in self.layers:
-            layer.positions, layer.mask = positions, mask
+            layer.positions, layer.mask = positions, masks[layer.window]
         return positions

@@ -3,15 +3,26 @@
 import torch
 from torch import Tensor
 
+from ryzen_llm.kernels.rope_scaling import RopeScaling
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angle position * theta^(-2i / head_dim), for i in 0 .. head_dim/2 - 1.
 
-    `positions` is (time,) of integers; both results are (time, head_dim / 2) in fp32 on its device.
+    `positions` is (time,) of integers; both results are (time, head_dim / 2) in fp32 on its device. `scaling`
+    stretches the frequencies.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = scaling.stretch(frequencies, theta)
+    angles = positions.float()[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
+    return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,6 +7,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import RopeScaling
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+_ZERO_STANDS_FOR_SOMETHING = ("head_dim", "sliding_window", "query_pre_attn_scalar", "local_rope_theta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,18 @@ class ModelConfig:
         rms_norm_eps: Added to the mean square in every RMSNorm.
         tie_embeddings: Use the embedding as the output head too.
         qkv_bias: Biases on the query, key and value projections (Qwen2).
-        qk_norm: RMSNorm on each query and key head (Qwen3).
+        qk_norm: RMSNorm on each query and key head (Qwen3, Gemma 3).
+        post_norms: RMSNorm on what attention and MLP add to the residual stream too (Gemma 3).
+        activation: Of the MLP's gate, "silu" or "gelu_tanh" (Gemma 3).
+        scale_embeddings: Multiply the embeddings by sqrt(hidden_size), in their dtype (Gemma 3).
+        query_pre_attn_scalar: Attention divides by its square root; 0 stands for head_dim.
+        rope_scaling: How the rotary frequencies are stretched for a longer context; None leaves them alone.
+        nope_layers: Indices of the layers without rotary embedding (SmolLM3; Kazemnejad et al. 2023,
+            arXiv:2305.19466).
+        sliding_window: How many tokens the sliding layers see; 0 if there are none.
+        sliding_layers: Indices of the layers that attend within the sliding window (Mistral, Gemma 3).
+        local_rope_theta: Base of the rotary embedding in the sliding layers, which then is not stretched; 0
+            gives them that of all layers.
         embedding: Kind of embedding, a name in `ryzen_llm.model.embedding`.
     """
 
@@ -45,6 +60,15 @@ class ModelConfig:
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    scale_embeddings: bool = False
+    query_pre_attn_scalar: int = 0
+    rope_scaling: RopeScaling | None = None
+    nope_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
+    sliding_layers: tuple[int, ...] = ()
+    local_rope_theta: float = 0.0
     embedding: str = "dense"
 
     def __post_init__(self) -> None:
@@ -59,13 +83,31 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name in _ZERO_STANDS_FOR_SOMETHING and not isinstance(value, bool) and value == 0:
+                continue
             if field.type is int:
                 self._require_positive_int(field.name)
             elif field.type is float:
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                     raise InputError(f"model.{field.name} is {value!r}, expected a positive number")
+            elif field.name in ("nope_layers", "sliding_layers"):
+                self._require_layers(field.name)
             elif not isinstance(value, field.type):  # type: ignore[arg-type]
-                raise InputError(f"model.{field.name} is {value!r}, expected a {field.type.__name__}")  # type: ignore[union-attr]
+                expected = getattr(field.type, "__name__", str(field.type))
+                raise InputError(f"model.{field.name} is {value!r}, expected a {expected}")
+        if not self.query_pre_attn_scalar:
+            object.__setattr__(self, "query_pre_attn_scalar", self.head_dim)
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f"model.activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}"
+            )
+        if bool(self.sliding_window) != bool(self.sliding_layers):
+            raise InputError(
+                f"model.sliding_window is {self.sliding_window} and sliding_layers are "
+                f"{list(self.sliding_layers)}, expected both or neither"
+            )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise InputError(f"model.rope_theta is {self.rope_theta}, expected more than 1 for yarn")
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"model.num_kv_heads is {self.num_kv_heads}, expected a divisor of "
@@ -80,6 +122,27 @@ class ModelConfig:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"model.{name} is {value!r}, expected a positive whole number")
+
+    def _require_layers(self, name: str) -> None:
+        """A sorted tuple of layer indices; a list, as in JSON, becomes one."""
+        value = getattr(self, name)
+        known = range(self.num_layers)
+        if (
+            not isinstance(value, tuple | list)
+            or any(isinstance(layer, bool) or not isinstance(layer, int) for layer in value)
+            or not set(value) <= set(known)
+            or len(set(value)) != len(value)
+        ):
+            raise InputError(
+                f"model.{name} is {value!r}, expected different layer indices from 0 to {len(known) - 1}"
+            )
+        object.__setattr__(self, name, tuple(sorted(value)))
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """How many tokens each layer sees, itself the last; 0 where it sees all."""
+        sliding = set(self.sliding_layers)
+        return tuple(self.sliding_window if i in sliding else 0 for i in range(self.num_layers))
 
     @classmethod
     def from_name(cls, name: str, **overrides: Any) -> Self:
@@ -104,11 +167,15 @@ class ModelConfig:
             )
         if missing := sorted(required - set(values)):
             raise InputError(f"model fields are missing: {', '.join(missing)}")
+        values = dict(values)
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling.from_dict(values["rope_scaling"])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, booleans and strings, fit for JSON and for checkpoints loaded with weights_only."""
-        return asdict(self)
+        """Plain types, fit for JSON and for checkpoints loaded with weights_only."""
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 # The named ones below `small` are the published shapes of those models.

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import apply_rotary, causal_attention, cross_entropy, rms_norm, rotary_table, swiglu
+from ryzen_llm.kernels import (
+    apply_rotary,
+    causal_attention,
+    cross_entropy,
+    geglu,
+    rms_norm,
+    rotary_table,
+    swiglu,
+)
 from ryzen_llm.model.config import ModelConfig
 from ryzen_llm.model.embedding import build_embedding
 
@@ -29,11 +37,15 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.q_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
+        self.window = config.layer_windows[layer]
+        self.rotary = layer not in config.nope_layers
+        # Attention itself divides by sqrt(head_dim).
+        self.query_scale = math.sqrt(config.head_dim / config.query_pre_attn_scalar)
         self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
@@ -46,41 +58,55 @@ class Attention(nn.Module):
         q, k, v = (x.view(batch, time, -1, self.head_dim) for x in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        context = causal_attention(q, k, v) if cache is None else cache.attend(q, k, v)
+        if self.rotary:
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        context = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
         output: Tensor = self.o_proj(context.transpose(1, 2).reshape(batch, time, self.q_size))
         return output
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward network."""
+    """Gated feed-forward network."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.activation = swiglu if config.activation == "silu" else geglu
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., hidden_size)."""
-        output: Tensor = self.down_proj(swiglu(self.gate_up_proj(hidden_states)))
+        output: Tensor = self.down_proj(self.activation(self.gate_up_proj(hidden_states)))
         return output
 
 
 class Block(nn.Module):
     """Attention and MLP, each normalised before and added to the residual stream after."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
+        self.attention_post_norm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else None
+        )
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.mlp_post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else None
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
         """(batch, time, hidden_size) -> (batch, time, hidden_size)."""
-        hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), cos, sin, cache)
-        output: Tensor = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        attended = self.attention(self.attention_norm(hidden_states), cos, sin, cache)
+        if self.attention_post_norm is not None:
+            attended = self.attention_post_norm(attended)
+        hidden_states = hidden_states + attended
+        transformed = self.mlp(self.mlp_norm(hidden_states))
+        if self.mlp_post_norm is not None:
+            transformed = self.mlp_post_norm(transformed)
+        output: Tensor = hidden_states + transformed
         return output
 
 
@@ -105,7 +131,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = build_embedding(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -135,9 +161,19 @@ class Transformer(nn.Module):
         time = input_ids.shape[1]
         positions = torch.arange(time, device=input_ids.device) if cache is None else cache.append(time)
         # Computed afresh, not kept in buffers: it is cheap, and `model.to(torch.bfloat16)` cannot round it.
-        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rope = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        local_rope = (
+            rotary_table(positions, config.head_dim, config.local_rope_theta)
+            if config.local_rope_theta
+            else rope
+        )
         hidden_states = self.embedding.lookup(input_ids)
-        for index, block in enumerate(self.blocks):
+        if config.scale_embeddings:  # rounded as the weights are: so Gemma was trained
+            scale = torch.tensor(math.sqrt(config.hidden_size), dtype=hidden_states.dtype)
+            hidden_states = hidden_states * scale
+        for index, (block, window) in enumerate(zip(self.blocks, config.layer_windows, strict=True)):
+            cos, sin = local_rope if window else rope
             hidden_states = block(hidden_states, cos, sin, None if cache is None else cache.layers[index])
         normed: Tensor = self.norm(hidden_states)
         return normed

@@ -132,7 +132,6 @@ def build_parser() -> ArgumentParser:
     model = parser.add_argument_group("The model: a preset by name, and fields that replace its own")
     model.add_argument("--model.name", type=str, default="tiny", help=f"One of {', '.join(PRESETS)}.")
     for field in fields(ModelConfig):
-        assert isinstance(field.type, type)
         default = "the preset's" if field.default is MISSING else "the preset's, or the model's usual one"
         model.add_argument(
             f"--model.{field.name}", type=field.type | None, default=None, help=f"Default: {default}."
