@@ -134,7 +134,10 @@ def build_parser() -> ArgumentParser:
     for field in fields(ModelConfig):
         default = "the preset's" if field.default is MISSING else "the preset's, or the model's usual one"
         model.add_argument(
-            f"--model.{field.name}", type=field.type | None, default=None, help=f"Default: {default}."
+            f"--model.{field.name}",
+            type=field.type | None,  # type: ignore[operator]
+            default=None,
+            help=f"Default: {default}.",
         )
     parser.add_class_arguments(OptimizerConfig, "optimizer")
     parser.add_class_arguments(Trainer, "trainer", skip=_TRAINER_SKIP)

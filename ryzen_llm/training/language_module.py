@@ -83,6 +83,7 @@ class LanguageModule(pl.LightningModule):
                 f"{split}_accuracy": self.accuracy.compute(),
             },
             prog_bar=split == "val",
+            sync_dist=True,  # the same on all ranks already; Lightning warns without it
         )
         self.mean_loss.reset()
         self.accuracy.reset()
