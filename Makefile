@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SETTINGS := pyproject.toml callbacks/pyproject.toml constraints.txt
 CONFIG ?= configs/quickstart.yaml
 
-.PHONY: train test test-slow lint format test-gpu clean
+.PHONY: train test test-slow lint format test-gpu bench-gpu clean
 
 train: $(VENV)/.installed
 	$(BIN)/python scripts/train.py --config $(CONFIG)
@@ -30,6 +30,10 @@ format: $(VENV)/.installed-dev
 # On a machine with a GPU whose Python has torch, triton and lightning already: no environment of our own.
 test-gpu:
 	PYTHONPATH=.:callbacks $(GPU_PYTHON) -m pytest -q -m gpu
+
+bench-gpu:
+	PYTHONPATH=.:callbacks $(GPU_PYTHON) scripts/benchmark.py training --device cuda --model smollm2-135m \
+		--batch 16 --context 1024 --rounds 12 --out benchmarks/results/training-gpu.json
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name one with make PYTHON=...")'
