@@ -219,7 +219,9 @@ class Orchestrator:
     def _report(self) -> FinalReport:
         started = time.perf_counter()
         report = self._final_report()
-        write_html_report(self.output_dir / HTML_REPORT, report, self.output_dir / TRAINING_REPORT)
+        write_html_report(
+            self.output_dir / HTML_REPORT, report, self.validation, self.output_dir / TRAINING_REPORT
+        )
         report.phases[-1].duration_s = time.perf_counter() - started
         write_json(self.output_dir / FINAL_REPORT, report.model_dump())
         show_summary(self.console, report, self.output_dir)
