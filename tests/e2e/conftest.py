@@ -1,9 +1,21 @@
-"""One finished run, shared by the tests that only look at it."""
+"""One finished run, shared by the tests that only look at it, and a way to run the script in this process."""
 
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny import arguments, run_script, write_corpus
+import torch
+from tiny import arguments, load_script, run_script, write_corpus
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in this process have the order that they have in `run_script`'s, so that weights can be equal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +37,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path
     assert done.returncode == 0, done.stderr
     output_dir.with_name("screen.txt").write_text(done.stdout, encoding="utf-8")
     return output_dir
+
+
+@pytest.fixture
+def train(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], int]]:
+    """`main` of scripts/train.py in this process, which is quicker than a process of its own."""
+    monkeypatch.setenv("RYZEN_LLM_CACHE", str(cache))
+    monkeypatch.setenv("COLUMNS", "200")
+    with torch._dynamo.config.patch(disable=True):
+        yield load_script("train").main
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it after the first

@@ -58,10 +58,10 @@ def arguments(corpus: Path, output_dir: Path, **changes: Any) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
-def run_script(
+def start_script(
     name: str, arguments: list[str], environment: dict[str, str] | None = None, prelude: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """Run a script in a process of its own, after the Python code `prelude` in the same process.
+) -> subprocess.Popen[str]:
+    """Start a script in a process of its own, after the Python code `prelude` in the same process.
 
     torch.compile is off altogether, also in the baselines, unless `environment` says otherwise: it would take
     half a minute.
@@ -69,15 +69,27 @@ def run_script(
     script = ROOT / "scripts" / f"{name}.py"
     code = f"{prelude}\nimport runpy\nrunpy.run_path({str(script)!r}, run_name='__main__')"
     defaults = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env={**os.environ, **defaults, **(environment or {})},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
+
+
+def run_script(
+    name: str, arguments: list[str], environment: dict[str, str] | None = None, prelude: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`start_script`, to its end."""
+    with start_script(name, arguments, environment, prelude) as running:
+        try:
+            stdout, stderr = running.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            raise
+        return subprocess.CompletedProcess(running.args, running.returncode, stdout, stderr)
 
 
 def load_script(name: str) -> ModuleType:

@@ -1,0 +1,197 @@
+"""Killed at any moment and started again with --resume, a run ends as if nothing had happened."""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import arguments, report, run_script, start_script, write_corpus
+
+Train = Callable[[list[str]], int]
+
+LAST = "checkpoints/step=40.ckpt"
+KILL = """
+import os, signal
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+# Lightning writes to a temporary file first, perhaps on another file system, where moving it is copying.
+HALF_A_CHECKPOINT = """
+from pathlib import Path
+from fsspec.implementations.local import LocalFileOpener
+commit = LocalFileOpener.commit
+def half(self):
+    if "step=14" in self.path:
+        content = Path(self.temp).read_bytes()
+        Path(self.path).write_bytes(content[: len(content) // 2])
+        die()
+    commit(self)
+LocalFileOpener.commit = half
+"""
+MOMENTS = {
+    "storing the corpus": "from ryzen_llm.data.tokenizer import Tokenizer as c; c.save = die",
+    "the first step": "from ryzen_llm.training import LanguageModule as c; c.training_step = die",
+    "between checkpoints": """
+from ryzen_llm.training import LanguageModule
+step = LanguageModule.training_step
+LanguageModule.training_step = lambda self, *a: die() if self.global_step == 17 else step(self, *a)
+""",
+    "removing an old checkpoint": """
+from lightning.pytorch.callbacks import ModelCheckpoint
+ModelCheckpoint._remove_checkpoint = die
+""",
+    "validating within training": """
+from ryzen_llm.training import LanguageModule
+validate = LanguageModule.validation_step
+LanguageModule.validation_step = lambda self, *a: die() if self.global_step == 40 else validate(self, *a)
+""",
+    "writing the training report": """
+from ryzen_callbacks import TrainingMetricsCollector as c; c.export_metrics = die
+""",
+    "measuring claims": "from ryzen_callbacks import OptimizationValidator as c; c.validate = die",
+    "testing": "from ryzen_llm.selftest import IntegrationTestRunner as c; c.run = die",
+    "reporting": "import ryzen_llm.pipeline.orchestrator as m; m.write_html_report = die",
+}
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    found = torch.load(output_dir / LAST, weights_only=True)["state_dict"]
+    assert isinstance(found, dict)
+    return found
+
+
+def losses(output_dir: Path) -> list[tuple[int, float]]:
+    """Every (step, loss) that was logged; a step run twice is there once if both gave the same loss."""
+    log = EventAccumulator(str(output_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return sorted({(event.step, event.value) for event in log.Scalars("train/loss")})
+
+
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_outcome(output_dir: Path, finished: Path) -> None:
+    """The same batches in the same order to the same weights, and reports of the whole run."""
+    # The weights are the same to the bit, so each loss is that of the same weights on the same batch.
+    assert losses(output_dir) == losses(finished)
+    resumed, undisturbed = weights(output_dir), weights(finished)
+    assert resumed.keys() == undisturbed.keys()
+    for name, tensor in undisturbed.items():
+        assert torch.equal(resumed[name], tensor), name
+    found, expected = (report(folder, "training_metrics_report") for folder in (output_dir, finished))
+    assert [row["step"] for row in found["batches"]] == [row["step"] for row in expected["batches"]]
+    for name in ("loss", "learning_rate", "grad_norm", "tokens"):
+        assert found["statistics"][name] == expected["statistics"][name], name
+    assert found["metadata"]["status"] == "finished"
+    final, same = (report(folder, "phase2_final_report") for folder in (output_dir, finished))
+    assert final["status"] == "done"
+    assert final["accuracy"] == same["accuracy"]
+    assert final["sample"] == same["sample"]
+
+
+def kill_in(moment: str, command: list[str], environment: dict[str, str]) -> None:
+    killed = run_script("train", command, environment, prelude=KILL + moment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+def test_killed_while_it_writes_a_checkpoint(
+    tmp_path: Path,
+    corpus: Path,
+    finished: Path,
+    cache: Path,
+    train: Train,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = arguments(corpus, tmp_path / "out")
+    kill_in(HALF_A_CHECKPOINT, command, {"RYZEN_LLM_CACHE": str(cache)})
+    assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir()) == [
+        "step=14.ckpt",
+        "step=7.ckpt",
+    ]
+    with pytest.warns(UserWarning, match=r"step=14\.ckpt: truncated .* taking the one before"):
+        assert train([*command, "--resume=true"]) == 0
+    assert "resuming from step=7.ckpt" in capsys.readouterr().out
+    assert_same_outcome(tmp_path / "out", finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_while(moment: str, tmp_path: Path, corpus: Path, finished: Path, train: Train) -> None:
+    # A cache of its own, so that the corpus is stored anew.
+    command = arguments(corpus, tmp_path / "out", data__cache_dir=tmp_path / "cache")
+    kill_in(MOMENTS[moment], command, {})
+    assert train([*command, "--resume=true"]) == 0
+    assert_same_outcome(tmp_path / "out", finished)
+    assert not list((tmp_path / "cache").glob("*.building"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_at_random(seed: int, tmp_path: Path, corpus: Path, finished: Path) -> None:
+    """Four times within two seconds of training or measuring, each time resumed."""
+    chooser = random.Random(seed)
+    command = arguments(corpus, tmp_path / "out", data__cache_dir=tmp_path / "cache", resume=True)
+    for heading in ("setup", "training", "training", "validation"):
+        running = start_script("train", command)
+        assert running.stdout is not None
+        for line in running.stdout:
+            if f" {heading} " in line:
+                break
+        time.sleep(chooser.uniform(0, 2))
+        running.kill()
+        running.communicate()
+    done = run_script("train", command)
+    assert done.returncode == 0, done.stderr
+    assert_same_outcome(tmp_path / "out", finished)
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def test_a_finished_run_is_measured_again_but_not_trained(
+    copied: Path, corpus: Path, finished: Path, train: Train
+) -> None:
+    """Also: --strict turns a FAIL, here of an absurd target, into exit status 3."""
+    command = arguments(
+        corpus, copied, resume=True, strict=True, e2e_speedup_target=1000, validation_rounds=6
+    )
+    assert train(command) == 3
+    assert_same_outcome(copied, finished)
+    assert report(copied, "phase2_final_report")["e2e_speedup"]["status"] == "FAIL"
+    assert report(copied, "phase2_final_report")["e2e_speedup"]["threshold"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "naming"),
+    [
+        ({"model.hidden_size": 32}, "model.hidden_size is 32, was 16"),
+        ({"data.batch_size": 8}, "data.batch_size is 8, was 4"),
+        ({"data.seed": 1}, "data.seed is 1, was 0"),
+        ({"data.val_fraction": 0.3}, "trained on other data"),
+        ({"data.source": "{}"}, "trained on other data"),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_is_refused_and_nothing_changes(
+    change: dict[str, Any],
+    naming: str,
+    copied: Path,
+    corpus: Path,
+    train: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if change.get("data.source"):
+        change = {"data.source": write_corpus(tmp_path / "other", seed=1)}
+    before = snapshot(copied)
+    assert train(arguments(corpus, copied, resume=True, **change)) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert naming in error
+    assert snapshot(copied) == before

@@ -1,0 +1,84 @@
+"""The screen at the end says what the report says, whatever characters are in it."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
+from ryzen_llm.pipeline.screen import show_summary
+
+MARKUP = "size [/tensor] of [batch, time] is [red]wrong[/red]"
+
+
+def final_report(**changes: Any) -> FinalReport:
+    values: dict[str, Any] = {
+        "status": "done",
+        "phases": [Phase(name="setup", status="done", duration_s=1.0)],
+        "optimizations": {},
+        "e2e_speedup": None,
+        "accuracy": Accuracy(reason="training did not finish"),
+        "tests": None,
+        "sample": None,
+        "recommendations": [],
+        "artifacts": {},
+    }
+    return FinalReport(**{**values, **changes})
+
+
+def screen(report: FinalReport, folder: str = "/runs/out", width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    show_summary(console, report, Path(folder))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("status", ["PASS", "FAIL", "WARNING", "NOT_MEASURED"])
+def test_every_verdict_has_its_line(status: str) -> None:
+    found = Component(
+        status=status, measured=None, ci_low=None, ci_high=None, threshold=1.0, message=f"because {MARKUP}"
+    )
+    (line,) = [
+        line
+        for line in screen(final_report(optimizations={"a claim": found})).splitlines()
+        if "a claim" in line
+    ]
+    assert [cell.strip() for cell in line.strip("│ ").split("│")] == ["a claim", status, f"because {MARKUP}"]
+
+
+def test_square_brackets_are_text() -> None:
+    shown = screen(
+        final_report(
+            phases=[Phase(name="training", status="failed", duration_s=1.0, error=MARKUP)],
+            sample=f"x = {MARKUP}",
+        ),
+        folder="/runs/[red]/out",
+    )
+    assert f"training failed: {MARKUP}" in shown
+    assert f"x = {MARKUP}" in shown
+    assert "tensorboard --logdir /runs/[red]/out/tensorboard" in shown
+
+
+def test_what_is_to_be_copied_is_not_broken_into_lines() -> None:
+    folder = "/a/long/path" * 12 + "/out"
+    shown = screen(final_report(), folder, width=60).splitlines()
+    assert f"curves:  tensorboard --logdir {folder}/tensorboard" in shown
+    assert f'text:    python scripts/generate.py --model {folder} --prompt "..."' in shown
+
+
+def test_what_is_missing_is_left_out() -> None:
+    shown = screen(final_report())
+    assert "None" not in shown
+    assert "validation loss" not in shown
+    assert "self-tests" not in shown
+
+
+def test_a_report_holds_its_fields_and_no_others() -> None:
+    report = final_report(sample="text")
+    assert FinalReport.model_validate_json(report.model_dump_json()) == report
+    for wrong in ({"extra": 1}, {"status": "fine"}, {"phases": [{"name": "setup", "status": "passed"}]}):
+        with pytest.raises(ValidationError):
+            FinalReport(**{**report.model_dump(), **wrong})
