@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130  # before training; from then on the reports are still written
     if report.status != "done":
-        return 1
+        return 130 if report.status == "interrupted" else 1
     failed = any(result.status == "FAIL" for result in report.optimizations.values())
     return 3 if config.options.strict and failed else 0
 

@@ -133,23 +133,43 @@ class TextDataModule(LightningDataModule):
         return self._evaluation_loaders("test", self.test_fraction)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer, with which a checkpoint can read and write text, and the key of the data."""
-        return {"tokenizer": self.tokenizer.to_json(), "store_key": self.store.key}
+        """Return the tokenizer, with which a checkpoint can read and write text, and what the batches are."""
+        return {
+            "tokenizer": self.tokenizer.to_json(),
+            "store_key": self.store.key,
+            "batches": {name: getattr(self, name) for name in ("context", "batch_size", "seed")},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this tokenizer and, to train on, of this corpus.
+        """Check that the checkpoint is of this tokenizer and, to train on, of these batches.
 
         Raises:
             InputError: it is of another.
         """
         if state_dict["tokenizer"] != self.tokenizer.to_json():
             raise InputError("checkpoint: trained with another tokenizer; its token ids mean other text here")
-        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and state_dict["store_key"] != self.store.key:
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self.check_resumable(state_dict)
+
+    def check_resumable(self, state_dict: dict[str, Any]) -> None:
+        """Check that training can go on from the state of a checkpoint: the same text in the same batches.
+
+        Raises:
+            InputError: it cannot.
+        """
+        if state_dict["store_key"] != self.store.key:
             raise InputError(
                 "checkpoint: trained on other data "
                 f"(store {state_dict['store_key']}, here {self.store.key}); "
-                "restore source and fractions to resume it, or start a new run"
+                "restore source, tokenizer and fractions to resume it, or start a new run"
+            )
+        saved, here = state_dict["batches"], self.state_dict()["batches"]
+        if changes := [
+            f"data.{name} is {here[name]}, was {saved[name]}" for name in here if here[name] != saved[name]
+        ]:
+            raise InputError(
+                f"checkpoint: trained on other batches ({', '.join(changes)}); restore them to resume it, or "
+                "start a new run"
             )
 
     def _evaluation_loaders(self, split: Split, fraction: float) -> list[DataLoader[torch.Tensor]]:

@@ -11,6 +11,7 @@ _TYPE = re.compile(r"Expected (?:an? )?(?:<class '(?P<name>\w+)'>|typing\.Litera
 _GIVEN = re.compile(r"(?:Got|Given) value: (?P<value>.*?)(?: Errors:|$)")
 _UNKNOWN = re.compile(
     r"unrecognized arguments: (?P<argument>\S+)|Group '(?P<group>\w+)' does not accept option '(?P<key>\w+)'"
+    r"|Option '(?P<option>[^']+)' is not accepted"
 )
 _WORDS = {
     "int": "a whole number",
@@ -28,7 +29,7 @@ def explain(message: str, keys: Iterable[str]) -> str:
     """
     message = " ".join(message.split())
     if unknown := _UNKNOWN.search(message):
-        written = unknown["argument"] or f"{unknown['group']}.{unknown['key']}"
+        written = unknown["argument"] or unknown["option"] or f"{unknown['group']}.{unknown['key']}"
         key = written.lstrip("-").partition("=")[0]
         nearest = difflib.get_close_matches(key, keys, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 from ryzen_callbacks import OptimizationValidator, ValidationReport, write_json
 from torch import Tensor
@@ -106,14 +107,14 @@ class Orchestrator:
             held.enter_context(claim_output_dir(self.output_dir, options.resume))
         self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if options.resume else None
         if self.resume_from:
-            check_resumable(self.resume_from, model_config)
+            check_resumable(self.resume_from, model_config, data)
         if options.resume:
             where = (
                 f"from {self.resume_from.name}" if self.resume_from else "from the start: no checkpoint yet"
             )
             self.console.print(f"resuming {where}")
         self.console.print(
-            f"{data.store.corpus}: {data.num_tokens('train'):,} training tokens; "
+            f"{escape(data.store.corpus)}: {data.num_tokens('train'):,} training tokens; "
             f"model {self.config.model['name']} with {self.module.model.num_parameters():,} parameters; "
             f"{device.type} ({why}): {precision}; torch.compile {'on' if options.compile else 'off'}"
         )
@@ -138,7 +139,7 @@ class Orchestrator:
             if name == "training" and isinstance(caught, InputError):
                 raise  # the checkpoint to resume from does not fit the data
             status, error = "failed", traceback.format_exc()
-            self.console.print(f"[red]{name} failed:[/red] {caught}")
+            self.console.print(f"[red]{name} failed:[/red] {escape(str(caught))}")
         self.phases.append(
             Phase(name=name, status=status, duration_s=time.perf_counter() - started, error=error)
         )
@@ -219,10 +220,17 @@ class Orchestrator:
     def _report(self) -> FinalReport:
         started = time.perf_counter()
         report = self._final_report()
-        write_html_report(
-            self.output_dir / HTML_REPORT, report, self.validation, self.output_dir / TRAINING_REPORT
-        )
-        report.phases[-1].duration_s = time.perf_counter() - started
+        reporting = report.phases[-1]
+        try:
+            write_html_report(
+                self.output_dir / HTML_REPORT, report, self.validation, self.output_dir / TRAINING_REPORT
+            )
+        except Exception as caught:
+            reporting.status, reporting.error = "failed", traceback.format_exc()
+            report.status = "failed"
+            del report.artifacts["html"]
+            self.console.print(f"[red]reporting failed:[/red] {escape(str(caught))}")
+        reporting.duration_s = time.perf_counter() - started
         write_json(self.output_dir / FINAL_REPORT, report.model_dump())
         show_summary(self.console, report, self.output_dir)
         return report
@@ -246,14 +254,15 @@ class Orchestrator:
             status = "failed"
         elif "interrupted" in statuses:
             status = "interrupted"
-        names = {
-            "training": TRAINING_REPORT,
-            "validation": VALIDATION_REPORT,
-            "tests": TEST_REPORT,
+        written = {
+            "training": (self.output_dir / TRAINING_REPORT).exists() and TRAINING_REPORT,
+            # Not whether the file is there: after --resume it may be of the attempt before.
+            "validation": self.validation and VALIDATION_REPORT,
+            "tests": self.tests and TEST_REPORT,
             "html": HTML_REPORT,
-            "tensorboard": TENSORBOARD,
-            "checkpoints": CHECKPOINTS,
-            "config": CONFIG,
+            "tensorboard": (self.output_dir / TENSORBOARD).exists() and TENSORBOARD,
+            "checkpoints": (self.output_dir / CHECKPOINTS).exists() and CHECKPOINTS,
+            "config": (self.output_dir / CONFIG).exists() and CONFIG,
         }
         return FinalReport(
             status=status,
@@ -264,9 +273,7 @@ class Orchestrator:
             tests=self.tests.summary.model_dump() if self.tests else None,
             sample=self.sample,
             recommendations=_recommendations(components),
-            artifacts={
-                key: name for key, name in names.items() if key == "html" or (self.output_dir / name).exists()
-            },
+            artifacts={key: name for key, name in written.items() if name},
         )
 
 

@@ -35,6 +35,8 @@ def show_summary(console: Console, report: FinalReport, output_dir: Path) -> Non
     for phase in report.phases:
         if phase.status != "done":
             console.print(f"[red]{phase.name} {phase.status}[/red]: {escape((phase.error or '').strip())}")
-    console.print(f"reports: {output_dir / 'report.html'} and the .json files beside it")
-    console.print(f"curves:  tensorboard --logdir {output_dir / 'tensorboard'}")
-    console.print(f'text:    python scripts/generate.py --model {output_dir} --prompt "..."')
+    folder = escape(str(output_dir))
+    # In one line whatever the width, to be copied.
+    console.print(f"reports: {folder}/report.html and the .json files beside it", soft_wrap=True)
+    console.print(f"curves:  tensorboard --logdir {folder}/tensorboard", soft_wrap=True)
+    console.print(f'text:    python scripts/generate.py --model {folder} --prompt "..."', soft_wrap=True)

@@ -31,6 +31,8 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     # A short run is no mistake: the collector logs every step whatever the interval.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # A resumed run's folder is not empty.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     callbacks: list[Callback] = [
         TrainingMetricsCollector(

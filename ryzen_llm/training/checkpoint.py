@@ -79,9 +79,10 @@ def load_checkpoint(path: Path) -> tuple[Transformer, Tokenizer]:
         ) from error
 
 
-def check_resumable(path: Path, config: ModelConfig) -> None:
-    """Raise InputError, naming the fields that differ, where the checkpoint is not of a model of `config`."""
-    saved = ModelConfig.from_dict(read_checkpoint(path)[CHECKPOINT_KEY]["model"]).to_dict()
+def check_resumable(path: Path, config: ModelConfig, data: TextDataModule) -> None:
+    """Raise InputError, naming what differs, where the checkpoint is not of this model and data."""
+    content = read_checkpoint(path)
+    saved = ModelConfig.from_dict(content[CHECKPOINT_KEY]["model"]).to_dict()
     changes = [
         f"model.{name} is {value}, was {saved[name]}"
         for name, value in config.to_dict().items()
@@ -91,6 +92,7 @@ def check_resumable(path: Path, config: ModelConfig) -> None:
         raise InputError(
             f"resume: {path} has another model ({', '.join(changes)}); restore it, or start a new run"
         )
+    data.check_resumable(content[TextDataModule.__qualname__])
 
 
 def newest_checkpoint(directory: Path) -> Path | None:

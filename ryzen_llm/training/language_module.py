@@ -107,10 +107,15 @@ class LanguageModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, fused where the device has it, with the schedule stepped every optimizer step."""
         optimizer = build_adamw(self.model, self.optimizer_config, fused=self.trainer.precision != "16-mixed")
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.optimizer_config.factor(step, total_steps)
-        )
+
+        def factor(step: int) -> float:
+            # The scheduler asks for step 0 at once; when resuming, the checkpoint replaces the answer. Asking
+            # Lightning for the total so early would make it forget to restore the loader's place.
+            if step == 0 and self.trainer.ckpt_path is not None:
+                return 0.0
+            return self.optimizer_config.factor(step, int(self.trainer.estimated_stepping_batches))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
