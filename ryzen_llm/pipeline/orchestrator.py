@@ -118,6 +118,9 @@ class Orchestrator:
             f"model {self.config.model['name']} with {self.module.model.num_parameters():,} parameters; "
             f"{device.type} ({why}): {precision}; torch.compile {'on' if options.compile else 'off'}"
         )
+        if self._leads:
+            for name in (VALIDATION_REPORT, TEST_REPORT, FINAL_REPORT, HTML_REPORT):
+                (self.output_dir / name).unlink(missing_ok=True)  # of the attempt that this one goes on from
         self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
 
     def _phase(self, name: str, work: Callable[[], None], needs: str) -> None:
@@ -254,15 +257,14 @@ class Orchestrator:
             status = "failed"
         elif "interrupted" in statuses:
             status = "interrupted"
-        written = {
-            "training": (self.output_dir / TRAINING_REPORT).exists() and TRAINING_REPORT,
-            # Not whether the file is there: after --resume it may be of the attempt before.
-            "validation": self.validation and VALIDATION_REPORT,
-            "tests": self.tests and TEST_REPORT,
+        names = {
+            "training": TRAINING_REPORT,
+            "validation": VALIDATION_REPORT,
+            "tests": TEST_REPORT,
             "html": HTML_REPORT,
-            "tensorboard": (self.output_dir / TENSORBOARD).exists() and TENSORBOARD,
-            "checkpoints": (self.output_dir / CHECKPOINTS).exists() and CHECKPOINTS,
-            "config": (self.output_dir / CONFIG).exists() and CONFIG,
+            "tensorboard": TENSORBOARD,
+            "checkpoints": CHECKPOINTS,
+            "config": CONFIG,
         }
         return FinalReport(
             status=status,
@@ -273,7 +275,9 @@ class Orchestrator:
             tests=self.tests.summary.model_dump() if self.tests else None,
             sample=self.sample,
             recommendations=_recommendations(components),
-            artifacts={key: name for key, name in written.items() if name},
+            artifacts={
+                key: name for key, name in names.items() if key == "html" or (self.output_dir / name).exists()
+            },
         )
 
 

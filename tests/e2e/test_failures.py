@@ -69,7 +69,7 @@ def assert_reports_of_ten_steps(output_dir: Path, status: str) -> None:
     assert training["metadata"]["status"] == "failed"
     assert training["statistics"]["loss"]["count"] == 10
     page = (output_dir / "report.html").read_text("utf-8")
-    assert f"Run {status}" in page
+    assert f"run {status}" in page
     assert "No claim was measured" in page
     assert set(final["artifacts"]) == {"training", "html", "tensorboard", "checkpoints", "config"}
     assert all((output_dir / name).exists() for name in final["artifacts"].values())

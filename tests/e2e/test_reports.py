@@ -1,5 +1,6 @@
 """Every figure of the reports can be computed again from what lies beside it."""
 
+import html
 import math
 import re
 import statistics
@@ -254,9 +255,13 @@ def test_the_screen_and_the_page_show_the_figures_of_the_reports(finished: Path)
     final = report(finished, "phase2_final_report")
     screen = finished.with_name("screen.txt").read_text("utf-8")
     page = (finished / "report.html").read_text("utf-8")
+    cards = page.split('<div class="card">')[1:]
+    for card, (name, component) in zip(cards, final["optimizations"].items(), strict=True):
+        assert re.search(rf"{name}\W.*{component['status']}", screen), name
+        assert name.replace("_", " ") in card
+        assert f'class="badge {component["status"]}"' in card
+        assert component["message"] in html.unescape(card)
     for text in (screen, page):
-        for name, component in final["optimizations"].items():
-            assert re.search(rf"{name}\W.*{component['status']}", text), name
         assert f"{final['accuracy']['val_loss']:.3f}" in text
         assert f"{final['accuracy']['unigram_entropy']:.3f}" in text
         assert f"{final['tests']['passed']} passed" in text
