@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tokenizers
@@ -33,7 +33,7 @@ def _gpt2() -> list[pre_tokenizers.PreTokenizer]:
 
 
 # How text is cut up before byte-level BPE, by `tokenizer.ggml.pre`.
-_CUTS = {
+_CUTS: dict[str, Callable[[], list[pre_tokenizers.PreTokenizer]]] = {
     "gpt-2": _gpt2,
     "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), *_gpt2()],
     "qwen2": lambda: _split(_QWEN2),

@@ -75,7 +75,7 @@ def _places(model: Transformer) -> Iterator[tuple[str, Tensor, bool]]:
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
             fused = block.get_parameter(f"attention.qkv_proj.{kind}").detach()
-            for x, rows in zip("qkv", torch.split(fused, (q_size, kv_size, kv_size)), strict=True):
+            for x, rows in zip("qkv", torch.split(fused, [q_size, kv_size, kv_size]), strict=True):
                 yield f"{theirs}.self_attn.{x}_proj.{kind}", rows, False
         fused = block.get_parameter("mlp.gate_up_proj.weight").detach()
         for x, rows in zip(("gate", "up"), fused.chunk(2), strict=True):
