@@ -2,7 +2,7 @@
 
 from ryzen_llm.data import TextDataModule
 from ryzen_llm.decoding import Generator
-from ryzen_llm.interop import load_pretrained
+from ryzen_llm.interop import export_pretrained, load_pretrained
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.training import LanguageModule
 
@@ -12,5 +12,6 @@ __all__ = [
     "ModelConfig",
     "TextDataModule",
     "Transformer",
+    "export_pretrained",
     "load_pretrained",
 ]

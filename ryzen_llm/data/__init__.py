@@ -3,6 +3,14 @@
 from ryzen_llm.data.corpus import Corpus, open_corpus
 from ryzen_llm.data.datamodule import TextDataModule
 from ryzen_llm.data.token_store import TokenStore
-from ryzen_llm.data.tokenizer import StreamDecoder, Tokenizer
+from ryzen_llm.data.tokenizer import SpecialTokens, StreamDecoder, Tokenizer
 
-__all__ = ["Corpus", "StreamDecoder", "TextDataModule", "TokenStore", "Tokenizer", "open_corpus"]
+__all__ = [
+    "Corpus",
+    "SpecialTokens",
+    "StreamDecoder",
+    "TextDataModule",
+    "TokenStore",
+    "Tokenizer",
+    "open_corpus",
+]

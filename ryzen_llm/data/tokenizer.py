@@ -1,8 +1,11 @@
 """Byte-level BPE: text to token ids and back, through the `tokenizers` library."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -23,6 +26,39 @@ _END_OF_TEXT_NAMES = (
     "<|end▁of▁sentence|>",
 )
 _MIN_VOCAB_SIZE = 257  # every byte, and end-of-text
+_SPECIAL_KEY = "ryzen_llm"
+"""Where `Tokenizer.to_json` keeps what a tokenizer.json has no place for."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What an imported model's tokenizer comes with, besides how text is cut up.
+
+    Attributes:
+        bos: token that begins a text, as its chat template calls it.
+        eos: token that ends a text, as its chat template calls it.
+        stop_ids: ids that end a generation, besides end-of-text.
+        chat_template: Jinja source that makes the text of a conversation.
+    """
+
+    bos: str | None = None
+    eos: str | None = None
+    stop_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "SpecialTokens":
+        """The inverse of `dataclasses.asdict`, through JSON. Raises InputError for anything else."""
+        texts = ("bos", "eos", "chat_template")
+        if (
+            not isinstance(values, dict)
+            or set(values) != {*texts, "stop_ids"}
+            or not all(values[name] is None or isinstance(values[name], str) for name in texts)
+            or not isinstance(values["stop_ids"], list)
+            or not all(type(token) is int for token in values["stop_ids"])
+        ):
+            raise InputError(f"tokenizer: {_SPECIAL_KEY} is not what Tokenizer.to_json writes")
+        return cls(**values | {"stop_ids": tuple(values["stop_ids"])})
 
 
 class Tokenizer:
@@ -33,21 +69,25 @@ class Tokenizer:
 
     Attributes:
         vocab_size: one more than the largest token id.
-        end_of_text_id: the id that separates documents and ends a generation.
+        end_of_text_id: the id that separates documents.
+        stop_ids: the ids that end a generation, end-of-text among them.
+        special: what an imported model's tokenizer comes with.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens | None = None) -> None:
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
+        self.special = special or SpecialTokens()
         vocabulary = backend.get_vocab(with_added_tokens=True)
-        end_of_text = next((vocabulary[name] for name in _END_OF_TEXT_NAMES if name in vocabulary), None)
-        if end_of_text is None:
+        names = [name for name in (*_END_OF_TEXT_NAMES, self.special.eos) if name in vocabulary]
+        if not names:
             raise InputError(
                 f"tokenizer: no end-of-text token; expected one of {', '.join(_END_OF_TEXT_NAMES)}"
             )
         self._backend = backend
-        self.end_of_text_id: int = end_of_text
+        self.end_of_text_id: int = vocabulary[names[0]]
+        self.stop_ids = tuple(sorted({self.end_of_text_id, *self.special.stop_ids}))
         self.vocab_size: int = max(vocabulary.values()) + 1
 
     @classmethod
@@ -82,22 +122,29 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
+    def from_json(cls, text: str, special: SpecialTokens | None = None) -> "Tokenizer":
         """Load what `to_json` returned, or the content of another project's tokenizer.json.
 
         Raises:
             InputError: not such a file, or without an end-of-text token.
         """
+        if f'"{_SPECIAL_KEY}"' in text:
+            try:
+                content = json.loads(text)
+                special = SpecialTokens.from_dict(content.pop(_SPECIAL_KEY))
+            except (ValueError, KeyError, AttributeError, RecursionError) as error:
+                raise InputError(f"tokenizer: not a tokenizer.json ({error})") from error
+            text = json.dumps(content, ensure_ascii=False)
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(
                 f"tokenizer: not a tokenizer.json of the tokenizers library ({error})"
             ) from error
-        return cls(backend)
+        return cls(backend, special)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+    def from_file(cls, path: str | os.PathLike[str], special: SpecialTokens | None = None) -> "Tokenizer":
         """Load a tokenizer.json.
 
         Raises:
@@ -110,12 +157,19 @@ class Tokenizer:
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer: {path} is not text; expected a tokenizer.json") from error
         try:
-            return cls.from_json(text)
+            return cls.from_json(text, special)
         except InputError as error:
             raise InputError(f"{error} (in {path})") from error
 
     def to_json(self) -> str:
-        """Return the whole tokenizer as the text of a tokenizer.json."""
+        """Return the whole tokenizer: the text of a tokenizer.json, and `special` if there is any."""
+        text = self.to_plain_json()
+        if self.special == SpecialTokens():
+            return text
+        return json.dumps(json.loads(text) | {_SPECIAL_KEY: asdict(self.special)}, ensure_ascii=False)
+
+    def to_plain_json(self) -> str:
+        """Return the text of a tokenizer.json that other projects read; `special` is not in it."""
         return self._backend.to_str()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -125,6 +179,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text; no special token is added."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text, with what the model expects before one (Gemma: <bos>)."""
+        return self._backend.encode(text, add_special_tokens=True).ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Return the token ids of what a chat template made, in which special tokens are spelled out."""
+        self._backend.encode_special_tokens = False
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self._backend.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts on all cores."""

@@ -1,5 +1,7 @@
-"""Models in and out: checkpoints of this project; other formats follow."""
+"""Models in and out: Hugging Face directories, GGUF files, checkpoints of this project."""
 
+from ryzen_llm.interop.chat import render_chat
+from ryzen_llm.interop.export import export_pretrained
 from ryzen_llm.interop.load import load_pretrained
 
-__all__ = ["load_pretrained"]
+__all__ = ["export_pretrained", "load_pretrained", "render_chat"]

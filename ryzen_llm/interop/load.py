@@ -6,6 +6,8 @@ from pathlib import Path
 
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.errors import InputError
+from ryzen_llm.interop.gguf_model import load_gguf
+from ryzen_llm.interop.hf_directory import CONFIG, load_directory
 from ryzen_llm.model import Transformer
 from ryzen_llm.training import load_checkpoint, newest_checkpoint
 
@@ -13,18 +15,22 @@ from ryzen_llm.training import load_checkpoint, newest_checkpoint
 def load_pretrained(path: str | Path) -> tuple[Transformer, Tokenizer]:
     """The model (fp32, on the CPU, in eval mode) and tokenizer at `path`.
 
-    `path` is a checkpoint file of this project, or the output directory of a run, of which the newest
-    checkpoint is taken. Raises InputError for anything else, and for a damaged or foreign file.
+    `path` is a Hugging Face directory (config.json, safetensors, tokenizer.json), a GGUF file, a checkpoint
+    file of this project, or the output directory of a run, of which the newest checkpoint is taken. Nothing
+    in them is executed. Raises InputError for anything else, for a model with an architecture or option
+    that is not supported, and for a damaged file.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"model {path}: no such file or directory")
     if path.is_file():
-        return load_checkpoint(path)
+        return load_gguf(path) if path.suffix == ".gguf" else load_checkpoint(path)
+    if (path / CONFIG).is_file():
+        return load_directory(path)
     newest = newest_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if newest is None:
         raise InputError(
-            f"model {path}: holds no checkpoint; expected a .ckpt file or the output directory of "
-            "scripts/train.py"
+            f"model {path}: holds no model; expected a Hugging Face directory, a .gguf file, a .ckpt file or "
+            "the output directory of scripts/train.py"
         )
     return load_checkpoint(newest)

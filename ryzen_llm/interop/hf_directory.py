@@ -1,0 +1,166 @@
+"""Reading a Hugging Face model directory: config.json, safetensors in one file or several, tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ryzen_llm.data import SpecialTokens, Tokenizer
+from ryzen_llm.errors import InputError
+from ryzen_llm.interop.fields import Fields
+from ryzen_llm.interop.hf_config import parse_config
+from ryzen_llm.interop.weights import load_weights
+from ryzen_llm.model import Transformer
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_DTYPES = ("F32", "F16", "BF16", "F64")
+_TIED_HEAD = "lm_head.weight"
+
+
+class SafetensorsFiles:
+    """The tensors of a directory's safetensors files (see `TensorSource`), memory-mapped one at a time."""
+
+    def __init__(self, directory: Path, *, tied: bool, norm_offset: float) -> None:
+        self.where = str(directory)
+        self.norm_offset = norm_offset
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Any] = {}
+        for path in _weight_files(directory):
+            try:
+                file: Any = safe_open(path, framework="pt")
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    piece = file.get_slice(name)
+                    if piece.get_dtype() not in _DTYPES:
+                        raise InputError(
+                            f"{path}: {name[:100]} is of dtype {piece.get_dtype()}, expected "
+                            f"{', '.join(_DTYPES)}: quantised checkpoints are not supported"
+                        )
+                    if name in self.shapes:
+                        raise InputError(f"{path}: {name[:100]} is in another file of the model too")
+                    self.shapes[name] = tuple(piece.get_shape())
+                    self._files[name] = file
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{path}: truncated or no safetensors file ({error})") from error
+        if tied:  # some files hold the embedding a second time
+            self.shapes.pop(_TIED_HEAD, None)
+
+    def read(self, name: str) -> Tensor:
+        """See `TensorSource`."""
+        try:
+            tensor: Tensor = self._files[name].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise InputError(f"{self.where}: {name} cannot be read ({error})") from error
+        return tensor
+
+
+def load_directory(directory: Path) -> tuple[Transformer, Tokenizer]:
+    """The model and tokenizer of a Hugging Face directory; see `load_pretrained`."""
+    values = read_json(directory / CONFIG)
+    config = parse_config(values, str(directory / CONFIG))
+    tokenizer = _read_tokenizer(directory, values)
+    source = SafetensorsFiles(
+        directory, tied=config.tie_embeddings, norm_offset=1.0 if config.post_norms else 0.0
+    )
+    return load_weights(config, source), tokenizer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file. Raises InputError where it cannot be read or is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({str(error)[:100]})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The one file, or those that the index names, which have to lie in the directory itself."""
+    index = directory / INDEX
+    if not index.is_file():
+        if not (directory / WEIGHTS).is_file():
+            pickled = sorted(path.name for path in directory.glob("*.bin"))
+            hint = f": {pickled[0]} is a pickle, which is never read" if pickled else ""
+            raise InputError(f"{directory}: has no {WEIGHTS} and no {INDEX}{hint}; expected one of them")
+        return [directory / WEIGHTS]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise InputError(f"{index}: weight_map is not a mapping of tensors to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+            raise InputError(
+                f"{index}: names the file {name[:100]!r}, expected a .safetensors file of the same directory"
+            )
+        if not (directory / name).is_file():
+            raise InputError(f"{index}: names {name[:100]!r}, which is not there")
+    return [directory / name for name in names]
+
+
+def _read_tokenizer(directory: Path, config: dict[str, Any]) -> Tokenizer:
+    if not (directory / TOKENIZER).is_file():
+        raise InputError(
+            f"{directory}: has no {TOKENIZER}; save it with the tokenizer's fast form "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    settings = read_json(directory / TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}
+    generation = read_json(directory / GENERATION_CONFIG) if (directory / GENERATION_CONFIG).is_file() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next(
+            (
+                one.get("template")
+                for one in template
+                if isinstance(one, dict) and one.get("name") == "default"
+            ),
+            None,
+        )
+    if (directory / CHAT_TEMPLATE).is_file():
+        try:
+            template = (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{directory / CHAT_TEMPLATE}: cannot be read ({error})") from error
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{directory / TOKENIZER_CONFIG}: chat_template is not a text")
+    stop_ids = _token_ids(config, directory / CONFIG) + _token_ids(generation, directory / GENERATION_CONFIG)
+    return Tokenizer.from_file(
+        directory / TOKENIZER,
+        SpecialTokens(
+            bos=_token(settings, "bos_token", directory),
+            eos=_token(settings, "eos_token", directory),
+            stop_ids=tuple(sorted(set(stop_ids))),
+            chat_template=template,
+        ),
+    )
+
+
+def _token(settings: dict[str, Any], name: str, directory: Path) -> str | None:
+    """A special token's text, which may be given as an object with `content`."""
+    value = settings.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{directory / TOKENIZER_CONFIG}: {name} is not a text")
+    return value
+
+
+def _token_ids(values: dict[str, Any], path: Path) -> list[int]:
+    """`eos_token_id`, which may be null, one or several."""
+    if isinstance(values.get("eos_token_id"), list):
+        ids: list[int] = Fields(values, str(path)).items("eos_token_id", int)
+        return ids
+    one = Fields(values, str(path)).whole("eos_token_id", None)
+    return [] if one is None else [one]
