@@ -17,8 +17,8 @@ from ryzen_callbacks.environment import describe_environment
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS, MetricsLog
 from ryzen_callbacks.report_path import prepare_report_path
 from ryzen_callbacks.reports import AnomalyRow, MetricStatistics, RunMetadata, TrainingMetricsReport
-from ryzen_callbacks.step_callback import StepCallback, logged_now
-from ryzen_callbacks.step_logging import log_step
+from ryzen_callbacks.step_callback import StepCallback, logged_now, validated
+from ryzen_callbacks.step_logging import log_restart, log_step
 from ryzen_callbacks.step_recorder import Step
 
 REPORT_NAME = "training_metrics_report.json"
@@ -43,6 +43,7 @@ class TrainingMetricsCollector(StepCallback):
 
     Args:
         path: the JSON report; None: `training_metrics_report.json` in the Trainer's log directory.
+        csv: also write the sampled steps beside it as CSV, at the end of the run.
         sample_every_n_steps: keep every n-th step's values in the report.
         write_every_n_steps: write the report at least this often (at log intervals), and at the end.
         tokens_in_batch: counts the tokens of a batch; None: the module's `tokens_in_batch(batch)` if it has
@@ -63,6 +64,7 @@ class TrainingMetricsCollector(StepCallback):
         self,
         path: str | Path | None = None,
         *,
+        csv: bool = False,
         sample_every_n_steps: int = 100,
         write_every_n_steps: int = 1000,
         tokens_in_batch: Callable[[Any], int] | None = None,
@@ -79,6 +81,7 @@ class TrainingMetricsCollector(StepCallback):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         self.path = Path(path) if path is not None else None
+        self.csv = csv
         self.write_every_n_steps = write_every_n_steps
         self.tokens_in_batch = tokens_in_batch
         self.flops_per_token = flops_per_token
@@ -162,6 +165,8 @@ class TrainingMetricsCollector(StepCallback):
         self._metadata.model = self._metadata.model or type(pl_module).__name__
         self._metadata.status = "running"
         self._written_at = self.last_step
+        if self.last_step:
+            log_restart(trainer, self.last_step)
         peak = peak_flops(pl_module.device, str(trainer.precision))
         self._peak = peak * trainer.world_size if peak is not None else None
 
@@ -182,8 +187,8 @@ class TrainingMetricsCollector(StepCallback):
         """Take the validation's figures into the running epoch's row."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        logged = trainer.callback_metrics
-        given = {field: float(logged[name]) for field, name in self._names.items() if name in logged}
+        logged = validated(trainer, self._names.values(), pl_module.device)
+        given = {field: logged[name] for field, name in self._names.items() if name in logged}
         missing = {
             field: f"the module logged no {name!r} in validation"
             for field, name in self._names.items()
@@ -229,8 +234,11 @@ class TrainingMetricsCollector(StepCallback):
 
     def _write(self, trainer: Trainer) -> None:
         self._written_at = self.last_step
-        if self._destination is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.export_metrics(self._destination)
+        if self._destination is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.report().write(self._destination)
+        if self.csv and self._metadata.status != "running":
+            self.export_metrics(self._destination.with_suffix(".csv"))
 
 
 def _component_figures(values: Mapping[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from ryzen_callbacks.report_path import prepare_report_path
 from ryzen_callbacks.reports import AnomalyRow
 from ryzen_callbacks.rollback import LastGood
 from ryzen_callbacks.rules import KINDS, SIGNALS, default_rules
-from ryzen_callbacks.step_callback import StepCallback
+from ryzen_callbacks.step_callback import StepCallback, validated
 from ryzen_callbacks.step_recorder import Step
 
 Action = Literal["record", "warn", "stop", "rollback"]
@@ -172,16 +172,18 @@ class AnomalyDetector(StepCallback):
         """Judge the validation accuracy."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.accuracy in trainer.callback_metrics:
-            accuracy = float(trainer.callback_metrics[self.accuracy])
-            self._act(trainer, self.update(step=self.last_step, accuracy=accuracy))
+        accuracy = validated(trainer, [self.accuracy], pl_module.device).get(self.accuracy)
+        self._act(trainer, self.update(step=self.last_step, accuracy=accuracy))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Judge the last steps, and delete the last good checkpoint."""
+        super().on_exception(trainer, pl_module, exception)
+        self._forget_last_good(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Delete the last good checkpoint: it is of no use to another run."""
         super().teardown(trainer, pl_module, stage)
-        if self._last_good is not None:
-            self._last_good.remove(trainer)
-            self._last_good = None
+        self._forget_last_good(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, the rules' windows included."""
@@ -230,6 +232,11 @@ class AnomalyDetector(StepCallback):
         self.rollbacks.append({"at_step": self.last_step, "to_step": to_step, "anomaly_step": anomaly.step})
         rank_zero_warn(f"weights and optimizer are back at step {to_step}; the batches since are skipped")
         self._write(trainer)
+
+    def _forget_last_good(self, trainer: Trainer) -> None:
+        if self._last_good is not None:
+            self._last_good.remove(trainer)
+            self._last_good = None
 
     def _write(self, trainer: Trainer) -> None:
         if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]

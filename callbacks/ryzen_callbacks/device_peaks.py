@@ -10,6 +10,7 @@ import torch
 # H200 (2023), B200 (2024), V100 (2018), T4 (2018); AMD Instinct MI300X (2023).
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     ("B200", {"bf16": 2250e12, "fp16": 2250e12, "tf32": 1100e12, "fp32": 75e12}),
+    ("H200 NVL", {"bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12}),
     ("H200", {"bf16": 989e12, "fp16": 989e12, "tf32": 494e12, "fp32": 67e12}),
     ("H100 NVL", {"bf16": 835e12, "fp16": 835e12, "tf32": 417e12, "fp32": 60e12}),
     ("H100 PCIe", {"bf16": 756e12, "fp16": 756e12, "tf32": 378e12, "fp32": 51e12}),
@@ -19,6 +20,7 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     ("L4", {"bf16": 121e12, "fp16": 121e12, "tf32": 60e12, "fp32": 30.3e12}),
     ("A10G", {"bf16": 70e12, "fp16": 70e12, "tf32": 35e12, "fp32": 31.2e12}),
     ("A10", {"bf16": 125e12, "fp16": 125e12, "tf32": 62.5e12, "fp32": 31.2e12}),
+    ("V100 PCIE", {"fp16": 112e12, "fp32": 14e12}),
     ("V100", {"fp16": 125e12, "fp32": 15.7e12}),
     ("T4", {"fp16": 65e12, "fp32": 8.1e12}),
     ("MI300X", {"bf16": 1307e12, "fp16": 1307e12, "tf32": 653.7e12, "fp32": 163.4e12}),
@@ -39,6 +41,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def peak_flops_by_name(device_name: str, kind: str) -> float | None:
     """Dense peak FLOP/s for a device's name and "bf16", "fp16", "tf32" or "fp32"; None if unknown."""
     words = device_name.replace("-", " ").split()
+    if "MIG" in words:
+        return None  # a slice of a device has a part of its peak
     for model, rates in _PEAKS:
         if all(word in words for word in model.split()):
             return rates.get(kind)

@@ -13,6 +13,7 @@ from ryzen_callbacks.reports import EpochRow, MetricStatistics
 from ryzen_callbacks.running_statistics import RunningStatistics
 
 _MAX_SAMPLED_STEPS = 10_000
+_MAX_EPOCHS = 1_000
 EPOCH_FIELDS = (
     "train_loss",
     "val_loss",
@@ -41,7 +42,7 @@ class MetricsLog:
     """Streaming aggregates in bounded memory.
 
     Every `sample_every_n_steps`-th step is kept as it is; when more than 10,000 are kept, every other one
-    goes and the interval doubles.
+    goes and the interval doubles. When more than 1,000 epochs are over, every other one goes.
     """
 
     def __init__(self, sample_every_n_steps: int) -> None:
@@ -119,6 +120,8 @@ class MetricsLog:
         if self._epoch is None or self._epoch.epoch != epoch:
             if self._epoch is not None:
                 self._finished.append(self._row(self._epoch))
+                if len(self._finished) > _MAX_EPOCHS:
+                    del self._finished[-2::-2]  # the last one stays: the next is compared with it
             self._epoch = _Epoch(epoch)
         return self._epoch
 

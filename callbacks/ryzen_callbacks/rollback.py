@@ -9,10 +9,11 @@ from lightning.pytorch import Trainer
 
 
 class LastGood:
-    """Keeps one checkpoint of a time when nothing was wrong, and restores it. Every method is a collective.
+    """Keeps one checkpoint of a time when nothing was wrong, and restores it.
 
-    Restored are weights and optimizer states. The loops, the data and the learning-rate schedules go on where
-    they are, so that the batches since that checkpoint, the faulty one among them, are skipped.
+    `keep` and `restore` are collectives. Restored are weights and optimizer states. The loops, the data and
+    the learning-rate schedules go on where they are, so that the batches since that checkpoint, the faulty
+    one among them, are skipped.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -66,7 +67,6 @@ class StepCallback(Callback):
         self._recorder = StepRecorder(
             device=pl_module.device,
             reduce=(lambda tensor, how: _all_reduce(trainer, tensor, how)) if distributed else None,
-            world_size=trainer.world_size,
             sharded_gradients=_is_fsdp(trainer),
         )
         self._recorder.break_clock()
@@ -127,11 +127,15 @@ class StepCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Hand out what this rank has; the others may never come to a collective."""
         self._failed = True
-        self._drain(trainer, pl_module)
+        try:
+            self._drain(trainer, pl_module)
+        except RuntimeError as error:  # the device may be what failed; its error is the one to be seen
+            rank_zero_warn(f"the values of the last steps are lost: {error}")
+        self._release()  # Lightning does not call `teardown` after an exception
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the Trainer and of what is on the device."""
-        self._trainer, self._recorder, self._followers = None, None, []
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs. Steps recorded but not yet handed out are handed out first.
@@ -147,6 +151,9 @@ class StepCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.last_step = state_dict["last_step"]
+
+    def _release(self) -> None:
+        self._trainer, self._recorder, self._followers = None, None, []
 
     def _break_clock(self) -> None:
         if self._recorder is not None:
@@ -190,6 +197,20 @@ def logged_now(trainer: Trainer, on_step: bool) -> dict[str, float | Tensor]:
     return {
         n: v for n, v in logged.items() if not (n.endswith("_step") and n.removesuffix("_step") in logged)
     }
+
+
+def validated(trainer: Trainer, names: Iterable[str], device: torch.device) -> dict[str, float]:
+    """What the module logged under `names` in the validation just over, by name.
+
+    Over ranks it is the mean over those that logged it, whether or not the module logs with `sync_dist`, so
+    that all of them see the same. A collective.
+    """
+    names, logged = list(names), trainer.callback_metrics
+    rows = [[float(name in logged), float(logged.get(name, 0.0))] for name in names]
+    if trainer.world_size > 1:
+        table = torch.tensor(rows, dtype=torch.float64, device=device)
+        rows = _all_reduce(trainer, table, "sum").tolist()
+    return {name: total / ranks for name, (ranks, total) in zip(names, rows, strict=True) if ranks}
 
 
 def _memory(device: torch.device) -> dict[str, float | Tensor]:

@@ -1,12 +1,14 @@
-"""Every step's values into the Trainer's loggers."""
+"""Every step's values into the Trainer's loggers, each step once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 
 def log_step(loggers: Sequence[Logger], values: Mapping[str, float], step: int) -> None:
@@ -16,9 +18,28 @@ def log_step(loggers: Sequence[Logger], values: Mapping[str, float], step: int) 
     several times as much, in this thread and in its writer's.
     """
     for logger in loggers:
-        writer = getattr(logger, "experiment", None)
-        if isinstance(writer, SummaryWriter) and writer.file_writer is not None and not logger._prefix:
+        writer = _tensorboard_writer(logger)
+        if writer is not None and not getattr(logger, "_prefix", ""):
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-            writer.file_writer.add_summary(summary, step)
+            writer.add_summary(summary, step)
         else:
             logger.log_metrics(dict(values), step=step)
+
+
+def log_restart(trainer: Trainer, step: int) -> None:
+    """Tell TensorBoard that the run goes on after `step`.
+
+    Where an interrupted run got further than the checkpoint that it is resumed from, and logs into the same
+    folder, TensorBoard then takes no notice of what it had logged beyond: there is one point for each step.
+    """
+    # The x of what the module logs; where it is ahead of ours, none of the module's own points may be lost.
+    step = max(step, trainer.fit_loop.epoch_loop._batches_that_stepped)
+    for logger in trainer.loggers:
+        writer = _tensorboard_writer(logger)
+        if writer is not None:
+            writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+
+
+def _tensorboard_writer(logger: Logger) -> FileWriter | None:
+    writer = getattr(logger, "experiment", None)
+    return writer.file_writer if isinstance(writer, SummaryWriter) else None

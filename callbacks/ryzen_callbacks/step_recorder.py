@@ -54,7 +54,6 @@ class StepRecorder:
         device: where the training runs.
         reduce: all-reduce over the ranks, None for one process. Over ranks the loss is the mean, counts are
             sums and times the slowest rank's.
-        world_size: number of ranks.
         sharded_gradients: each rank holds a part of every gradient (FSDP), so that squared norms add up.
     """
 
@@ -62,12 +61,10 @@ class StepRecorder:
         self,
         device: torch.device,
         reduce: Reduce | None = None,
-        world_size: int = 1,
         sharded_gradients: bool = False,
     ) -> None:
         self._device = device
         self._reduce = reduce
-        self._world_size = world_size
         self._sharded_gradients = sharded_gradients
         self._done: list[_Pending] = []
         self._current = _Pending()
@@ -171,22 +168,35 @@ class StepRecorder:
         return values
 
     def _reduce_steps(self, steps: list[Step], reduce: Reduce) -> None:
-        # The ranks step together, so that all of them hold the same steps with the same entries.
-        sums = ("loss", "grad_norm", "tokens", "samples")
-        maxima = ("step_time_s", "data_wait_s", "memory_bytes")
-        squares = {"grad_norm"} if self._sharded_gradients else set()
-        for names, operation in ((sums, "sum"), (maxima, "max")):
-            rows = [[s.values.get(n, 0.0) ** (2 if n in squares else 1) for n in names] for s in steps]
+        """Make every rank's `steps` the same in what rules are judged by.
+
+        The ranks step together, so that all of them hold the same steps; but not all need hold the same
+        values (a rank may have returned no loss, or own no part of a sharded gradient), and a value counts
+        where any rank has it.
+        """
+        for names, operation in ((_SUMS, "sum"), (_MAXIMA, "max")):
+            rows = [
+                [float(name in s.values) for name in names] + [self._share(s, name) for name in names]
+                for s in steps
+            ]
             table = reduce(torch.tensor(rows, dtype=torch.float64, device=self._device), operation).tolist()
             for step, row in zip(steps, table, strict=True):
-                for name, value in zip(names, row, strict=True):
-                    if name not in step.values:
-                        continue
-                    if name in squares:
-                        value = math.sqrt(value)
-                    elif name in ("loss", "grad_norm"):
-                        value /= self._world_size
-                    step.values[name] = value
+                for name, present, value in zip(names, row, row[len(names) :], strict=False):
+                    if present:
+                        step.values[name] = self._whole(name, present, value)
+
+    def _share(self, step: Step, name: str) -> float:
+        value = step.values.get(name, 0.0)
+        return value**2 if name == "grad_norm" and self._sharded_gradients else value
+
+    def _whole(self, name: str, ranks: float, value: float) -> float:
+        if name == "grad_norm" and self._sharded_gradients:
+            return math.sqrt(value)
+        return value / ranks if name in ("loss", "grad_norm") else value
+
+
+_SUMS = ("loss", "grad_norm", "tokens", "samples")
+_MAXIMA = ("step_time_s", "data_wait_s", "memory_bytes")
 
 
 class _Mark:

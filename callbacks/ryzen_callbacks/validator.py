@@ -125,12 +125,14 @@ class OptimizationValidator(Callback):
     def _measure_all(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.is_global_zero:
-            claims = list(self.claims)
-            if callable(from_module := getattr(pl_module, "optimization_claims", None)):
-                claims += from_module()
-            self.validate(claims)
-        trainer.strategy.barrier("OptimizationValidator")
+        try:
+            if trainer.is_global_zero:
+                claims = list(self.claims)
+                if callable(from_module := getattr(pl_module, "optimization_claims", None)):
+                    claims += from_module()
+                self.validate(claims)
+        finally:  # whatever happened here, the other ranks are waiting
+            trainer.strategy.barrier("OptimizationValidator")
 
     # Figures measured by somebody else
 

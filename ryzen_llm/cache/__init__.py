@@ -1,18 +1,31 @@
-"""Key-value caches. A new kind is one file beside dense.py, and one line in `CACHES`."""
+"""Key-value caches. A new format is one file beside int8.py, and one line in `CACHES`."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
-from ryzen_llm.cache.base import AttentionShape, KVCache, LayerCache
-from ryzen_llm.cache.dense import DenseCache
+from ryzen_llm.cache.base import AttentionShape, Format, LayerFormat
+from ryzen_llm.cache.dense import Dense
+from ryzen_llm.cache.fp8 import Fp8
+from ryzen_llm.cache.int4 import Int4
+from ryzen_llm.cache.int8 import Int8
+from ryzen_llm.cache.kv_cache import BLOCK, KVCache
+from ryzen_llm.cache.layer import LayerCache
+from ryzen_llm.cache.storage import load_cache, save_cache
 from ryzen_llm.errors import InputError
 
-CACHES: dict[str, Callable[..., KVCache]] = {"dense": DenseCache}
+CACHES: dict[str, LayerFormat] = {
+    "dense": LayerFormat(Dense(), Dense()),
+    "int8": LayerFormat(Int8(), Int8()),
+    "k8v4": LayerFormat(Int8(), Int4()),
+    "int4": LayerFormat(Int4(), Int4()),
+    "int4-sinks": LayerFormat(Int4(), Int4(), sinks=4),
+    "fp8": LayerFormat(Fp8(), Fp8()),
+}
 
 
 def build_cache(
-    name: str,
+    name: str | Sequence[str],
     config: AttentionShape,
     *,
     batch_size: int,
@@ -20,13 +33,39 @@ def build_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
-    """An empty cache of the kind `name` for a model shaped like `config`.
+    """An empty cache for a model shaped like `config`, of one kind or of one for each layer.
 
-    Raises InputError for an unknown name.
+    Raises InputError for an unknown name, and as `KVCache` and its formats do.
     """
-    if name not in CACHES:
-        raise InputError(f"unknown cache {name!r}: choose one of {', '.join(sorted(CACHES))}")
-    return CACHES[name](config, batch_size=batch_size, max_length=max_length, dtype=dtype, device=device)
+    names = [name] * config.num_layers if isinstance(name, str) else list(name)
+    check_names(names)
+    return KVCache(
+        config,
+        [CACHES[each] for each in names],
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+    )
 
 
-__all__ = ["CACHES", "AttentionShape", "DenseCache", "KVCache", "LayerCache", "build_cache"]
+def check_names(names: Sequence[str]) -> None:
+    """Raise InputError for a name that is not in `CACHES`."""
+    for name in names:
+        if name not in CACHES:
+            raise InputError(f"unknown cache {name!r}: choose one of {', '.join(sorted(CACHES))}")
+
+
+__all__ = [
+    "BLOCK",
+    "CACHES",
+    "AttentionShape",
+    "Format",
+    "KVCache",
+    "LayerCache",
+    "LayerFormat",
+    "build_cache",
+    "check_names",
+    "load_cache",
+    "save_cache",
+]

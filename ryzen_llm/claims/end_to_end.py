@@ -17,7 +17,7 @@ from ryzen_llm.training import OptimizerConfig, build_adamw
 Arm = Callable[[], object]
 Recipe = Literal["naive", "strong", "ours"]
 
-STEPS = 3
+STEPS = 2
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32
 _LEARNING_RATE = 1e-8  # the arms run many times, and should stay the model that was trained

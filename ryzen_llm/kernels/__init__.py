@@ -1,8 +1,10 @@
 """Numeric operations on tensors, one file each. Nothing here knows a model."""
 
+from ryzen_llm.kernels.cached_attention import Stored, cached_attention
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.geglu import geglu
+from ryzen_llm.kernels.hadamard import hadamard
 from ryzen_llm.kernels.hardware import CpuFeatures, cpu_features, supports_bf16
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
@@ -12,11 +14,14 @@ from ryzen_llm.kernels.swiglu import swiglu
 __all__ = [
     "CpuFeatures",
     "RopeScaling",
+    "Stored",
     "apply_rotary",
+    "cached_attention",
     "causal_attention",
     "cpu_features",
     "cross_entropy",
     "geglu",
+    "hadamard",
     "rms_norm",
     "rotary_table",
     "supports_bf16",

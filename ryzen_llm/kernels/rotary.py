@@ -11,14 +11,17 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angle position * theta^(-2i / head_dim), for i in 0 .. head_dim/2 - 1.
 
-    `positions` is (time,) of integers; both results are (time, head_dim / 2) in fp32 on its device. `scaling`
-    stretches the frequencies.
+    `positions` is (time,) of integers; both results are (time, head_dim / 2) in fp32 on its device. Positions
+    of each text of a batch, (batch, time), give (batch, 1, time, head_dim / 2): `apply_rotary` takes that for
+    all heads. `scaling` stretches the frequencies.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     frequencies = 1.0 / theta**exponents
     if scaling is not None:
         frequencies = scaling.stretch(frequencies, theta)
-    angles = positions.float()[:, None] * frequencies
+    angles = positions.float()[..., None] * frequencies
+    if positions.dim() == 2:
+        angles = angles[:, None]
     cos, sin = angles.cos(), angles.sin()
     if scaling is not None and scaling.amplitude != 1:
         cos, sin = cos * scaling.amplitude, sin * scaling.amplitude

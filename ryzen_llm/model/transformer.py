@@ -1,7 +1,9 @@
 """A decoder-only transformer of the Llama family (Touvron et al. 2023, arXiv:2302.13971) on a page."""
 
+import hashlib
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +161,18 @@ class Transformer(nn.Module):
         """What the output head sees, after the last norm: (batch, time, hidden_size). See `forward`."""
         self._check(input_ids, cache)
         time = input_ids.shape[1]
-        positions = torch.arange(time, device=input_ids.device) if cache is None else cache.append(time)
+        if cache is None:
+            return self.run_blocks(input_ids, torch.arange(time, device=input_ids.device))
+        return self.run_blocks(input_ids, cache.append(time), cache.layers)
+
+    def run_blocks(
+        self, input_ids: Tensor, positions: Tensor, layers: Sequence[LayerCache] | None = None
+    ) -> Tensor:
+        """`hidden_states` of tokens at `positions`, (time,) or (batch, time) int64, without any check.
+
+        `layers` are those of a cache that has given out `positions`. Nothing here depends on a Python number
+        that changes from token to token, so the whole of it can be compiled.
+        """
         # Computed afresh, not kept in buffers: it is cheap, and `model.to(torch.bfloat16)` cannot round it.
         config = self.config
         rope = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -174,7 +187,7 @@ class Transformer(nn.Module):
             hidden_states = hidden_states * scale
         for index, (block, window) in enumerate(zip(self.blocks, config.layer_windows, strict=True)):
             cos, sin = local_rope if window else rope
-            hidden_states = block(hidden_states, cos, sin, None if cache is None else cache.layers[index])
+            hidden_states = block(hidden_states, cos, sin, None if layers is None else layers[index])
         normed: Tensor = self.norm(hidden_states)
         return normed
 
@@ -204,6 +217,14 @@ class Transformer(nn.Module):
         for region in (*self.blocks, self.norm, self.next_token_loss):
             region.compile()
 
+    def content_hash(self) -> str:
+        """SHA-256 of shape and weights, to tell whether a saved cache is of this model."""
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     def num_parameters(self, exclude_embedding: bool = False) -> int:
         """Number of parameters, a tied embedding counted once; or of all but the embedding's."""
         excluded = set(self.embedding.parameters()) if exclude_embedding else set()
@@ -230,6 +251,11 @@ class Transformer(nn.Module):
             raise InputError(
                 f"the sequence has {length} tokens, expected 1 to max_position_embeddings = "
                 f"{self.config.max_position_embeddings}: shorten it, or use a model with a longer context"
+            )
+        if cache is not None and len(cache.layers) != self.config.num_layers:
+            raise InputError(
+                f"the cache has {len(cache.layers)} layers, the model {self.config.num_layers}: build it for "
+                "this model"
             )
         if cache is not None and torch.is_grad_enabled():
             raise InputError(

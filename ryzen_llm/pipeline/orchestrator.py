@@ -182,7 +182,7 @@ class Orchestrator:
         options = self.config.options
         context = ClaimContext(
             model=self._trained_model(),
-            train_batches=self._batches("train", 3),
+            train_batches=self._batches("train", 2),
             val_batches=self._batches("val", 8),
             precision=str(self.trainer.precision),
             compile=options.compile,

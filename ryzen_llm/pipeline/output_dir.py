@@ -25,6 +25,7 @@ def claim_output_dir(path: Path, resume: bool) -> Iterator[None]:
     lock = FileLock(path.parent / f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _write_nothing(path.parent)  # where nothing can be written, the lock seems to be taken
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"output_dir {path}: another run is writing to it; choose another folder") from None
@@ -47,10 +48,15 @@ def _prepare(path: Path, resume: bool) -> None:
             path.rename(aside)
             print(f"{path} holds an earlier run: moved to {aside}")
         path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        _write_nothing(path)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _write_nothing(folder: Path) -> None:
+    """Raise OSError where no file can be made."""
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:

@@ -92,6 +92,8 @@ def check_resumable(path: Path, config: ModelConfig, data: TextDataModule) -> No
         raise InputError(
             f"resume: {path} has another model ({', '.join(changes)}); restore it, or start a new run"
         )
+    if TextDataModule.__qualname__ not in content:
+        raise InputError(f"resume: {path} was not trained with TextDataModule; start a new run")
     data.check_resumable(content[TextDataModule.__qualname__])
 
 

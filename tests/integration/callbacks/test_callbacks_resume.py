@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import Tiny
 
 TIMINGS = ("step_time_s", "data_wait_s", "tokens_per_second", "samples_per_second", "memory_bytes")
@@ -79,6 +82,35 @@ def test_the_resumed_report_equals_the_uninterrupted_one(
     assert without_timings(resumed) == without_timings(whole)
     assert resumed["metadata"]["experiment_id"] == first.report().metadata.experiment_id
     assert second.last_step == 64 // accumulate
+
+
+class Crashes(Callback):
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 13:
+            raise KeyError("planted")
+
+
+def test_a_step_done_twice_has_one_point_in_tensorboard(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The run gets to step 13, beyond its checkpoint at 10, crashes, and goes on from there in its folder."""
+
+    def run(callbacks: list[Any], checkpoint: Path | None = None) -> str:
+        logger = TensorBoardLogger(tmp_path, version="same")
+        trainer = make_trainer(
+            callbacks=[TrainingMetricsCollector(), *callbacks], logger=logger, enable_checkpointing=True
+        )
+        trainer.fit(Tiny(), Resumable(list(make_loader())), ckpt_path=checkpoint)
+        return str(logger.log_dir)
+
+    saver = ModelCheckpoint(tmp_path, filename="c", every_n_train_steps=10, save_top_k=1)
+    with pytest.raises(KeyError, match="planted"):
+        run([saver, Crashes()])
+    folder = run([], tmp_path / "c.ckpt")
+    assert len(list(Path(folder).glob("events*"))) == 2
+    for tag in ("train/loss", "train/grad_norm", "train/learning_rate"):
+        points = EventAccumulator(folder).Reload().Scalars(tag)
+        assert [point.step for point in points] == list(range(1, 33))
 
 
 def test_the_state_is_plain_python(

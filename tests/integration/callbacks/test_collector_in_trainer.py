@@ -1,5 +1,6 @@
 """What the collector reports of a real run is what happened in it."""
 
+import csv
 import json
 import statistics
 from collections import defaultdict
@@ -133,6 +134,17 @@ def test_what_validation_left_behind_is_not_taken_for_a_training_metric(
     report = read(tmp_path / NAME)
     assert "val_loss" not in report.statistics
     assert [row.val_loss is None for row in report.epochs] == [True, False, True]
+
+
+def test_the_sampled_steps_as_csv_beside_the_report(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    collector = TrainingMetricsCollector(csv=True, sample_every_n_steps=8)
+    make_trainer(callbacks=[collector]).fit(tiny, make_loader())
+    with (tmp_path / NAME).with_suffix(".csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows] == [8, 16, 24, 32]
+    assert rows == read(tmp_path / NAME).batches
 
 
 def test_mfu_is_flops_over_the_peak(

@@ -123,6 +123,50 @@ def test_after_the_allowed_rollbacks_the_next_fault_stops_training(
     assert trainer.global_step == 24
 
 
+class FailsLate(PoisonedWeights):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 14:
+            raise KeyError("planted")
+
+
+def test_a_run_that_fails_leaves_no_checkpoint_behind_and_can_be_started_again(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Lightning calls no teardown after an exception: the callback has to clean up in on_exception."""
+    detector = AnomalyDetector({"non_finite": "rollback"})
+    with pytest.raises(KeyError, match="planted"):
+        make_trainer(callbacks=[detector]).fit(FailsLate(()), make_loader())
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert detector.last_step == 14
+    assert detector.state_dict()["last_step"] == 14
+    make_trainer(callbacks=[detector], max_epochs=1).fit(Tiny(), make_loader())
+    assert detector.last_step == 14 + 16
+
+
+class DeviceFails(Tiny):
+    """Its losses cannot be read any more, as after a fault of the accelerator."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 4:
+            raise KeyError("planted")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_device_that_fails_does_not_hide_the_first_error(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("ryzen_callbacks.step_recorder._to_floats", fails)
+    trainer = make_trainer(callbacks=[AnomalyDetector()], log_every_n_steps=50)
+    with (
+        pytest.warns(UserWarning, match="last steps are lost: the device is gone"),
+        pytest.raises(KeyError, match="planted"),
+    ):
+        trainer.fit(DeviceFails(), make_loader())
+
+
 class Worse(Tiny):
     """Its validation accuracy falls in the third epoch."""
 

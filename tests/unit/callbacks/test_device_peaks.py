@@ -12,6 +12,9 @@ from ryzen_callbacks.device_peaks import arithmetic, peak_flops, peak_flops_by_n
         ("NVIDIA H100 80GB HBM3", "bf16", 989),
         ("NVIDIA H100 PCIe", "bf16", 756),
         ("NVIDIA H100 NVL", "bf16", 835),
+        ("NVIDIA H200 NVL", "bf16", 835),
+        ("Tesla V100-PCIE-16GB", "fp16", 112),
+        ("Tesla V100-SXM2-16GB", "fp16", 125),
         ("NVIDIA A100-SXM4-80GB", "tf32", 156),
         ("NVIDIA L4", "bf16", 121),
         ("NVIDIA L40S", "bf16", 362),
@@ -25,7 +28,12 @@ def test_known_devices(device: str, kind: str, teraflops: float) -> None:
 
 @pytest.mark.parametrize(
     ("device", "kind"),
-    [("NVIDIA GeForce RTX 9999", "bf16"), ("NVIDIA A1000", "bf16"), ("Tesla V100-SXM2-16GB", "bf16")],
+    [
+        ("NVIDIA GeForce RTX 9999", "bf16"),
+        ("NVIDIA A1000", "bf16"),
+        ("Tesla V100-SXM2-16GB", "bf16"),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16"),
+    ],
 )
 def test_unknown_is_none(device: str, kind: str) -> None:
     assert peak_flops_by_name(device, kind) is None

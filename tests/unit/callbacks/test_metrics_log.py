@@ -63,6 +63,18 @@ def test_memory_stays_bounded_by_thinning_the_samples_evenly() -> None:
     assert [b["step"] for b in log.batches] == list(range(4, 25_001, 4))
 
 
+def test_of_very_many_epochs_the_old_ones_are_thinned_and_the_improvement_stays_right() -> None:
+    log = MetricsLog(1)
+    for epoch in range(1500):
+        log.add_to_epoch(epoch, {"val_loss": 0.5**epoch if epoch < 1000 else 0.5**1000}, {})
+    rows = log.epochs()
+    assert len(rows) <= 1000
+    assert [row.epoch for row in rows[-400:]] == list(range(1100, 1500))
+    assert [row.improvement for row in rows if 0 < row.epoch < 1000] == pytest.approx(
+        [0.5] * sum(0 < row.epoch < 1000 for row in rows)
+    )
+
+
 def test_goes_on_from_its_state_in_the_middle_of_an_epoch() -> None:
     def feed(log: MetricsLog, steps: range) -> None:
         for step in steps:

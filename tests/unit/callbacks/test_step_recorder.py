@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,35 +72,39 @@ def test_what_was_not_measured_has_no_entry() -> None:
     assert r.drain()[0].values == {}
 
 
-def test_times_add_up_and_broken_steps_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The present in seconds, to be moved on by the test."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_times_add_up_and_broken_steps_have_none(clock: list[float]) -> None:
     r = recorder()
     r.break_clock()
     for step in range(1, 5):
         if step == 3:
             r.break_clock()  # validation
         for _ in range(2):  # two micro-batches
-            now[0] += 1.0  # waiting for data
+            clock[0] += 1.0  # waiting for data
             r.batch_started()
-            now[0] += 10.0
+            clock[0] += 10.0
             r.batch_ended(torch.tensor(1.0), 44, None)
             if _ == 0:
                 r.idle()
         r.step_ended(step, 0)
-        now[0] += 0.5  # the callback's own work
+        clock[0] += 0.5  # the callback's own work
         r.idle()
     times = [(s.values.get("step_time_s"), s.values.get("data_wait_s")) for s in r.drain()]
     # 0.5 s of callbacks, twice 1 s of waiting, twice 10 s of work
     assert times == [(None, None), (22.5, 2.0), (None, None), (22.5, 2.0)]
 
 
-def test_rates_are_counts_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+def test_rates_are_counts_over_time(clock: list[float]) -> None:
     r = recorder()
     for step in (1, 2):
-        now[0] += 4.0
+        clock[0] += 4.0
         r.batch_ended(None, 100, 8)
         r.step_ended(step, 0)
         r.idle()
@@ -140,27 +145,65 @@ def test_nothing_is_read_from_the_device_before_a_drain(monkeypatch: pytest.Monk
     assert reads == ["tolist"]
 
 
-def test_over_ranks_losses_are_averaged_counts_summed_and_the_slowest_rank_counts() -> None:
-    """A stand-in for all-reduce over two ranks, of which the other one has twice the values of this one."""
+def over_two_ranks(
+    feed: Callable[[StepRecorder], None], feed_other: Callable[[StepRecorder], None], **settings: Any
+) -> list[dict[str, float]]:
+    """What the first of two ranks hands out: its all-reduce is given the tables that the other one sends."""
+    sent: list[torch.Tensor] = []
 
-    def reduce(tensor: torch.Tensor, how: str) -> torch.Tensor:
-        return tensor + 2 * tensor if how == "sum" else torch.maximum(tensor, 2 * tensor)
+    def send(table: torch.Tensor, how: str) -> torch.Tensor:
+        sent.append(table)
+        return table
 
-    r = recorder(reduce=reduce, world_size=2)
-    for step in (1, 2):
-        r.batch_ended(torch.tensor(2.0), 10, None)
-        r.before_optimizer_step("learning_rate", 0.1, parameters([5.0]))
-        r.step_ended(step, 0)
-        r.idle()
-    values = r.drain()[1].values
+    def reduce(table: torch.Tensor, how: str) -> torch.Tensor:
+        other = sent.pop(0)
+        return table + other if how == "sum" else torch.maximum(table, other)
+
+    other, own = recorder(reduce=send, **settings), recorder(reduce=reduce, **settings)
+    feed_other(other)
+    feed(own)
+    other.drain()
+    return [step.values for step in own.drain()]
+
+
+def steps(
+    loss: float | None, tokens: int, norm: float | None, seconds: float, clock: list[float]
+) -> Callable[[StepRecorder], None]:
+    """Feeds two steps of these values; the second has times."""
+
+    def feed(r: StepRecorder) -> None:
+        for step in (1, 2):
+            clock[0] += seconds
+            r.batch_ended(torch.tensor(loss) if loss is not None else None, tokens, None)
+            r.before_optimizer_step("learning_rate", 0.1, parameters([norm]) if norm is not None else [])
+            r.step_ended(step, 0)
+            r.idle()
+
+    return feed
+
+
+def test_over_ranks_losses_are_averaged_counts_summed_and_the_slowest_rank_counts(
+    clock: list[float],
+) -> None:
+    _, values = over_two_ranks(steps(2.0, 10, 5.0, 0.5, clock), steps(4.0, 20, 5.0, 1.5, clock))
     assert values["loss"] == 3.0
     assert values["tokens"] == 30
-    assert values["tokens_per_second"] == pytest.approx(30 / values["step_time_s"])
+    assert values["grad_norm"] == 5.0
+    assert values["step_time_s"] == 1.5
+    assert values["tokens_per_second"] == 20.0
     assert "samples" not in values
 
 
-def test_sharded_gradients_add_up_by_their_squares() -> None:
-    r = recorder(reduce=lambda t, how: t * 2 if how == "sum" else t, world_size=2, sharded_gradients=True)
-    r.before_optimizer_step("learning_rate", 0.1, parameters([3.0]))
-    r.step_ended(1, 0)
-    assert r.drain()[0].values["grad_norm"] == pytest.approx(3 * math.sqrt(2))
+def test_a_rank_without_a_value_has_that_of_the_others_so_that_all_decide_alike(clock: list[float]) -> None:
+    """A rank that returned no loss, and owns no part of the sharded gradient."""
+    without, full = steps(None, 10, None, 0.5, clock), steps(math.nan, 20, 5.0, 0.5, clock)
+    for own, other in ((without, full), (full, without)):
+        values = over_two_ranks(own, other, sharded_gradients=True)[1]
+        assert math.isnan(values["loss"])
+        assert values["grad_norm"] == 5.0
+    assert over_two_ranks(without, steps(3.0, 20, None, 0.5, clock))[0]["loss"] == 3.0
+
+
+def test_sharded_gradients_add_up_by_their_squares(clock: list[float]) -> None:
+    shards = steps(1.0, 1, 3.0, 0.5, clock), steps(1.0, 1, 4.0, 0.5, clock)
+    assert over_two_ranks(*shards, sharded_gradients=True)[0]["grad_norm"] == pytest.approx(5.0)

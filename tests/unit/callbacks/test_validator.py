@@ -112,11 +112,16 @@ def test_too_few_rounds_are_inconclusive_and_say_so() -> None:
     assert "3 rounds are too few" in result.message
 
 
-def test_a_noisy_control_forbids_a_pass() -> None:
-    """Nothing is quieter than a control limit this near to 1."""
-    result = one(timed(1.01), rounds=8, control_limit=1 + 1e-9)
-    assert result.status == "WARNING"
-    assert "too noisy" in result.message or "differs from itself" in result.message
+def test_a_noisy_control_forbids_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline's two timings differ by half either way: no bias, but no quiet machine either."""
+    times = PairedTimes()
+    for i in range(12):
+        times.baseline.append((1.0, 1.5 if i % 4 < 2 else 1 / 1.5))
+        times.optimized.append((0.1, 0.1))
+    monkeypatch.setattr(measurement, "measure_pair", lambda *a: times)
+    result = one(timed(3.0))
+    assert (result.status, result.ci_low is not None and result.ci_low > 3.0) == ("WARNING", True)
+    assert "too noisy" in result.message
 
 
 @pytest.mark.parametrize(

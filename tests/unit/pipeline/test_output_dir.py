@@ -83,7 +83,7 @@ def test_a_run_that_failed_or_was_killed_holds_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below a file; and, of what a test cannot have, a full disk."""
+    """Below a file, where the kernel lets nobody write; and, of what a test cannot have, a full disk."""
 
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -92,6 +92,9 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(
     with pytest.raises(InputError) as below_a_file, claim_output_dir(Path("/dev/null/out"), resume=False):
         pass
     assert str(below_a_file.value) == message.format("/dev/null/out", "File exists")
+    with pytest.raises(InputError) as in_proc, claim_output_dir(Path("/proc/out"), resume=False):
+        pass
+    assert "/proc/out: cannot be written" in str(in_proc.value)
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(InputError) as on_a_full_disk, claim_output_dir(tmp_path / "out", resume=False):
         pass

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ryzen_llm.data import TextDataModule
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
-from ryzen_llm.training import LanguageModule, load_checkpoint, newest_checkpoint
+from ryzen_llm.training import LanguageModule, check_resumable, load_checkpoint, newest_checkpoint
 
 Checkpoint = tuple[Path, LanguageModule]
 
@@ -155,6 +155,18 @@ FOREIGN: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "no tokenizer": without("TextDataModule"),
     "a tokenizer that is none": changed(TextDataModule={"tokenizer": "{}", "store_key": "x"}),
 }
+
+
+def test_a_checkpoint_of_other_data_classes_is_not_resumed(
+    checkpoint: Checkpoint, data: TextDataModule
+) -> None:
+    """Where in the data to go on from is not in it."""
+    path, module = checkpoint
+    check_resumable(path, module.model.config, data)
+    content = torch.load(path, weights_only=True)
+    without("TextDataModule")(path, content)
+    with pytest.raises(InputError, match="was not trained with TextDataModule; start a new run"):
+        check_resumable(path, module.model.config, data)
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

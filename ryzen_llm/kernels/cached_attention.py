@@ -1,0 +1,252 @@
+"""Attention of a few new queries over cached keys and values, straight on their quantised form.
+
+A stored tensor stands for x[t] = codes[t] * scale[t] + minimum[t], one scale and one minimum for a token and
+head. Both factors leave the sums over channels, so that no full-precision copy of the cache ever exists:
+
+    q · k[t]      = scale[t] * (q · codes[t]) + minimum[t] * sum(q)
+    Σ_t p[t] v[t] = Σ_t (p[t] * scale[t]) codes[t] + Σ_t p[t] * minimum[t]
+
+Codes of 4 bits are packed two a byte: channel i in the low half and channel i + head_dim / 2 in the high half
+of byte i. A ring buffer holds the token of position p in slot p mod ring.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEY_BLOCK = 512
+QUERY_BLOCK = 512
+MOST_FUSED_ROWS = 64
+
+
+class Stored(NamedTuple):
+    """Keys or values of a layer, (batch, kv_heads, slots, ...) each.
+
+    Attributes:
+        codes: (..., head_dim) of any number type, or packed 4-bit codes, (..., head_dim / 2) uint8.
+        scale: (...,) what the codes are multiplied by; None for 1.
+        minimum: (...,) what is added then; None for 0.
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+    minimum: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.codes.dtype == torch.uint8
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Stored":
+        """With every tensor that there is put through `change`."""
+        scale, minimum = (None if part is None else change(part) for part in self[1:])
+        return Stored(change(self.codes), scale, minimum)
+
+    def slots(self, start: int, end: int) -> "Stored":
+        """The slots from `start` to `end`, as views."""
+        return self.map(lambda part: part[:, :, start:end])
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The codes, without scale and minimum, (..., head_dim)."""
+        if not self.packed:
+            return self.codes.to(dtype)
+        return torch.cat((self.codes & 15, self.codes >> 4), dim=-1).to(dtype)
+
+    def dequantised(self) -> Tensor:
+        """The stored tensor itself in fp32, (..., head_dim)."""
+        x = self.unpacked(torch.float32)
+        if self.scale is not None:
+            x = x * self.scale.float()[..., None]
+        if self.minimum is not None:
+            x = x + self.minimum.float()[..., None]
+        return x
+
+
+def cached_attention(
+    queries: Tensor,
+    keys: Stored,
+    values: Stored,
+    positions: Tensor,
+    *,
+    ring: int = 0,
+    window: int = 0,
+    sinks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """softmax(Q Kᵀ / sqrt(head_dim) + mask) V over everything in the cache up to each query's position.
+
+    Args:
+        queries: (batch, heads, time, head_dim); heads / kv_heads of them share a key head.
+        keys: What the cache holds, the queries' own tokens included.
+        values: The same for the values.
+        positions: (1, time) or (batch, time) int64, of the queries, ascending.
+        ring: Number of slots after which the slots repeat; 0 where slot and position are the same.
+        window: How many tokens each query sees, itself the last; 0 for all.
+        sinks: Keys and values of the first tokens in full precision, (batch, kv_heads, sinks, head_dim) each,
+            used in place of what the slots hold for them.
+
+    Returns the context, shaped and typed like `queries`.
+    """
+    num_sinks = 0 if sinks is None else sinks[0].shape[2]
+    few = _rows(queries, keys) <= MOST_FUSED_ROWS
+    if few and queries.device.type == "cuda":
+        from ryzen_llm.kernels.cached_attention_triton import decode  # Triton is there on Linux only
+
+        parts = [(keys, values, ring, num_sinks)]
+        if sinks is not None:
+            parts.append((Stored(sinks[0]), Stored(sinks[1]), 0, 0))
+        decoded: Tensor = decode(queries, parts, positions, window)
+        return decoded
+    segments = [(keys, values, _visible(positions, keys.codes.shape[2], ring, window, num_sinks))]
+    if sinks is not None:
+        seen = _visible(positions, num_sinks, 0, window, 0)
+        segments.insert(0, (Stored(sinks[0]), Stored(sinks[1]), seen))
+    if few and torch.compiler.is_compiling():
+        return _fused(queries, segments)
+    if sinks is None and keys.scale is None and values.scale is None:
+        return F.scaled_dot_product_attention(
+            queries,
+            keys.codes.to(queries.dtype),
+            values.codes.to(queries.dtype),
+            attn_mask=segments[0][2][:, None],
+            enable_gqa=True,
+        )
+    return _in_blocks(queries, segments)
+
+
+def reference(
+    queries: Tensor,
+    keys: Stored,
+    values: Stored,
+    positions: Tensor,
+    *,
+    ring: int = 0,
+    window: int = 0,
+    sinks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The same from the dequantised cache in fp32, for tests."""
+    k, v = keys.dequantised(), values.dequantised()
+    if sinks is not None:
+        count = sinks[0].shape[2]
+        k, v = (torch.cat((s.float(), x[:, :, count:]), 2) for s, x in zip(sinks, (k, v), strict=True))
+    mask = _visible(positions, k.shape[2], ring, window, 0)[:, None]
+    groups = queries.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = queries.float() @ k.mT * queries.shape[-1] ** -0.5
+    context: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+    return context.to(queries.dtype)
+
+
+Segment = tuple[Stored, Stored, Tensor]
+"""Keys, values and which of them each query sees, (1 or batch, time, slots) bool."""
+
+
+def _rows(queries: Tensor, keys: Stored) -> int:
+    """How many queries share a key head."""
+    return queries.shape[1] // keys.codes.shape[1] * queries.shape[2]
+
+
+def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: int) -> Tensor:
+    """Which slots each query sees, (1 or batch, time, slots) bool."""
+    held = torch.arange(slots, device=positions.device)[None]
+    if ring:
+        last = positions[:, -1:]
+        held = held + (last - last % ring)  # the position if written in this round of the ring,
+        held = torch.where(held > last, held - ring, held)  # or else in the one before
+    distances = positions[:, :, None] - held[:, None]
+    seen = (distances >= 0) & (held[:, None] >= num_sinks)
+    return seen & (distances < window) if window else seen
+
+
+def _fused(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Multiply-and-sum, which Inductor turns into loops that read each code once and write only scores."""
+    batch, heads, time, head_dim = queries.shape
+    kv_heads = segments[0][0].codes.shape[1]
+    q = queries.reshape(batch, kv_heads, -1, head_dim).float() * head_dim**-0.5
+    groups = heads // kv_heads
+
+    def scores(keys: Stored, seen: Tensor) -> Tensor:
+        codes = keys.codes[:, :, None]
+        if keys.packed:
+            low, high = q[..., None, :].chunk(2, -1)
+            products = low * (codes & 15).float() + high * (codes >> 4).float()
+        else:
+            products = q[..., None, :] * codes.float()
+        s: Tensor = products.sum(-1)
+        if keys.scale is not None:
+            s = s * keys.scale.float()[:, :, None]
+        if keys.minimum is not None:
+            s = s + q.sum(-1, keepdim=True) * keys.minimum.float()[:, :, None]
+        s = s.view(batch, kv_heads, groups, time, -1)
+        return s.masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)
+
+    def mix(p: Tensor, values: Stored) -> Tensor:
+        codes = values.codes[:, :, None]
+        weighted = (p if values.scale is None else p * values.scale.float()[:, :, None])[..., None]
+        if values.packed:
+            low = (weighted * (codes & 15).float()).sum(-2)
+            context = torch.cat((low, (weighted * (codes >> 4).float()).sum(-2)), -1)
+        else:
+            context = (weighted * codes.float()).sum(-2)
+        if values.minimum is not None:
+            context = context + (p * values.minimum.float()[:, :, None]).sum(-1, keepdim=True)
+        return context
+
+    p = torch.cat([scores(keys, seen) for keys, _, seen in segments], -1).softmax(-1)
+    parts = torch.split(p, [keys.codes.shape[2] for keys, _, _ in segments], -1)
+    mixed = [mix(part, values) for part, (_, values, _) in zip(parts, segments, strict=True)]
+    context = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+    return context.reshape(batch, heads, time, head_dim).to(queries.dtype)
+
+
+def _in_blocks(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Online softmax (Milakov & Gimelshein 2018, arXiv:1805.02867) over blocks of keys, for many queries.
+
+    Scores are fp32 products, since a bf16 product would be rounded to three digits before the softmax.
+    """
+    if queries.shape[2] > QUERY_BLOCK:
+        parts = range(0, queries.shape[2], QUERY_BLOCK)
+        return torch.cat(
+            [
+                _in_blocks(
+                    queries[:, :, i : i + QUERY_BLOCK],
+                    [(keys, values, seen[:, i : i + QUERY_BLOCK]) for keys, values, seen in segments],
+                )
+                for i in parts
+            ],
+            dim=2,
+        )
+    batch, heads, time, head_dim = queries.shape
+    kv_heads = segments[0][0].codes.shape[1]
+    q = queries.reshape(batch, kv_heads, -1, head_dim).float() * head_dim**-0.5
+    shape = (batch, kv_heads, heads // kv_heads, time)
+    highest = q.new_full((*q.shape[:-1], 1), -torch.inf)
+    total = torch.zeros_like(highest)
+    context = torch.zeros_like(q)
+    for keys, values, seen in segments:
+        for start in range(0, keys.codes.shape[2], KEY_BLOCK):
+            block = seen[:, :, start : start + KEY_BLOCK]
+            if queries.device.type == "cpu" and not block.any():
+                continue
+            k, v = (stored.slots(start, start + KEY_BLOCK) for stored in (keys, values))
+            s = q @ k.unpacked(torch.float32).mT
+            if k.scale is not None:
+                s = s * k.scale.float()[:, :, None]
+            if k.minimum is not None:
+                s = s + q.sum(-1, keepdim=True) * k.minimum.float()[:, :, None]
+            s = s.view(*shape, -1).masked_fill(~block[:, None, None], -torch.inf).flatten(2, 3)
+            # A query may see nothing of a block, so its maximum may still be -inf: any finite number will do.
+            reached = torch.maximum(highest, s.amax(-1, keepdim=True))
+            finite = reached.masked_fill(reached == -torch.inf, 0.0)
+            p = (s - finite).exp()
+            shrink = (highest - finite).exp()
+            total = total * shrink + p.sum(-1, keepdim=True)
+            weighted = p if v.scale is None else p * v.scale.float()[:, :, None]
+            mixed = weighted.to(queries.dtype) @ v.unpacked(queries.dtype)
+            context = context * shrink + mixed.float()
+            if v.minimum is not None:
+                context = context + (p * v.minimum.float()[:, :, None]).sum(-1, keepdim=True)
+            highest = reached
+    return (context / total).reshape(queries.shape).to(queries.dtype)

@@ -1,0 +1,31 @@
+"""The Walsh-Hadamard rotation, which spreads an outlier over all channels (QuaRot, arXiv:2404.00456)."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x Hᵀ in fp32 along the last dimension; H is orthonormal and symmetric, so that twice gives `x` again.
+
+    `x` is (..., size). H has blocks of the largest power of two that divides `size`, 256 at most.
+    """
+    size = x.shape[-1]
+    block = math.gcd(size, 256)
+    matrix = _matrix(block).to(x.device)
+    rows = x.float().reshape(*x.shape[:-1], size // block, block)
+    if torch.compiler.is_compiling():
+        # Multiply-and-sum, so that Inductor fuses it with what comes before and after: for the few rows of a
+        # decoding step that is cheaper than a call into a matrix library.
+        return (rows[..., None, :] * matrix).sum(-1).reshape(x.shape)
+    return torch.matmul(rows, matrix).reshape(x.shape)
+
+
+@functools.cache
+def _matrix(size: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(size)

@@ -1,0 +1,122 @@
+"""Attention on the quantised form against softmax attention on the dequantised cache, on every path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ryzen_llm.kernels import cached_attention, hadamard
+from ryzen_llm.kernels.cached_attention import reference
+
+sys.path.append(str(Path(__file__).parent))
+from random_cache import FORMATS, PAIRS, SETTINGS, case
+
+
+@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize(
+    # The reference puts sinks in the first slots, which a ring overwrites.
+    ("setting", "sinks"),
+    [(s, n) for s in SETTINGS for n in (0, 3) if not (n and "ring" in s)],
+    ids=str,
+)
+@pytest.mark.parametrize(("keys", "values"), PAIRS)
+def test_blocks_give_attention_on_the_dequantised_cache(
+    keys: str, values: str, setting: dict[str, Any], window: int, sinks: int
+) -> None:
+    arguments = case(keys, values, **setting) | {"window": window}
+    if sinks:
+        kv_heads, head_dim = arguments["keys"].codes.shape[1], arguments["queries"].shape[-1]
+        arguments["sinks"] = (
+            torch.randn(2, kv_heads, sinks, head_dim),
+            torch.randn(2, kv_heads, sinks, head_dim),
+        )
+    torch.testing.assert_close(cached_attention(**arguments), reference(**arguments), atol=2e-5, rtol=2e-5)
+
+
+def test_many_queries_and_keys_are_done_block_by_block() -> None:
+    """1100 queries over 1100 keys: three blocks of each, most of the upper half skipped."""
+    draw = torch.Generator().manual_seed(0)
+    keys, values = (FORMATS[n].encode(torch.randn(1, 1, 1100, 16, generator=draw)) for n in ("int8", "int4"))
+    queries = torch.randn(1, 2, 1100, 16, generator=draw)
+    positions = torch.arange(1100)[None]
+    got = cached_attention(queries, keys, values, positions)
+    torch.testing.assert_close(got, reference(queries, keys, values, positions), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("keys", "values", "sinks"), [("int8", "int4", 0), ("int4", "int4", 3)])
+def test_the_compiled_form_gives_the_same(keys: str, values: str, sinks: int) -> None:
+    arguments = case(keys, values, time=2, ragged=True)
+    if sinks:
+        arguments["sinks"] = (torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16))
+    got = torch.compile(cached_attention, fullgraph=True)(**arguments)
+    torch.testing.assert_close(got, reference(**arguments), atol=2e-5, rtol=2e-5)
+
+
+def test_the_hadamard_rotation_is_orthonormal_and_its_own_inverse() -> None:
+    x = torch.randn(3, 96)
+    assert torch.allclose(hadamard(hadamard(x)), x, atol=1e-5)
+    assert torch.allclose(hadamard(x).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+    spike = torch.zeros(64)
+    spike[5] = 8.0
+    assert torch.allclose(hadamard(spike).abs(), torch.ones(64)), "an outlier is spread over all channels"
+
+
+triton_kernel = pytest.importorskip("ryzen_llm.kernels.cached_attention_triton", reason="needs triton")
+
+
+def test_the_kernel_in_the_interpreter() -> None:
+    """In a process of its own, since Triton decides when it is imported whether it interprets."""
+    path = Path(__file__).with_name("interpreted_cached_attention.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+KINDS = {"dense": (0, "bf16", False, False), "int8": (0, "i8", True, False), "int4": (1, "u8", True, True)}
+KINDS["fp8"] = (2, "u8", True, False)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [("dense", "dense"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("fp8", "fp8")],
+)
+@pytest.mark.parametrize(
+    ("head_dim", "rows"),
+    [
+        pytest.param(head_dim, rows, marks=() if (head_dim, rows) == (64, 16) else pytest.mark.slow)
+        for head_dim in (64, 96, 128, 256)
+        for rows in (16, 64)
+    ],
+)
+def test_every_configuration_compiles_without_a_gpu(
+    keys: str, values: str, capability: int, head_dim: int, rows: int
+) -> None:
+    """Types and shared memory, which the interpreter does not check."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    constants: dict[str, Any] = {
+        "HEAD_DIM": head_dim,
+        "ROWS": rows,
+        "BLOCK": triton_kernel.block_slots(head_dim),
+    }
+    types = dict.fromkeys(triton_kernel.attend_split.arg_names, "i32")
+    types |= {"q_ptr": "*bf16", "positions_ptr": "*i64", "softmax_scale": "fp32"}
+    types |= {"context_ptr": "*fp32", "logsumexp_ptr": "*fp32"}
+    for prefix, (kind, codes, scale, minimum) in (("k", KINDS[keys]), ("v", KINDS[values])):
+        upper = prefix.upper()
+        constants |= {f"{upper}_KIND": kind, f"{upper}_SCALE": scale, f"{upper}_MINIMUM": minimum}
+        types |= {f"{prefix}_ptr": f"*{codes}"}
+        types |= {f"{prefix}_{part}_ptr": "*fp16" for part in ("scale", "minimum")}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=triton_kernel.attend_split, signature=types, constexprs=constants)
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= 160 * 1024, "more shared memory than an A100 has for a block"
