@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -235,7 +236,7 @@ def _flags(run: Run, rule: SpikeRule) -> dict[int, set[str]]:
 
 
 def _table(title: str, scores: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE)
     for heading in ("rule", "found", "recall", "precision", "F1", "delay", "false", "per 10,000"):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for name, s in scores.items():

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor
 from lightning.pytorch.callbacks.throughput_monitor import ThroughputMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -116,7 +117,10 @@ def main(arguments: list[str]) -> None:
         for name in track(plan, "measuring", console=console, transient=True):
             times[name].append(_seconds_of_a_step(ARMS[name](), batch, options.steps, folder))
 
-    table = Table(title=f"{options.steps} steps of a batch of {batch} on {torch.get_num_threads()} thread")
+    table = Table(
+        title=f"{options.steps} steps of a batch of {batch} on {torch.get_num_threads()} thread",
+        box=box.SIMPLE,
+    )
     for heading in ("callbacks", "ms a step", "time against none", "us a step more"):
         table.add_column(heading, justify="left" if heading == "callbacks" else "right", no_wrap=True)
     rows = []

@@ -1,4 +1,4 @@
-"""A run over two processes, started by test_callbacks_two_processes.py; each rank writes what it saw."""
+"""Runs over two processes, started by test_callbacks_two_processes.py; each rank writes what it saw."""
 
 import json
 import sys
@@ -20,14 +20,29 @@ class FaultOnOneRank(Tiny):
         return loss * float("nan") if self.global_step == 10 and self.global_rank == 1 else loss
 
 
-def main(folder: Path) -> None:
+class WorseOnOneRank(Tiny):
+    """From the third epoch on the second rank's validation accuracy is lower; nothing is synchronised."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        worse = self.current_epoch > 1 and self.global_rank == 1
+        self.log("val_accuracy", 0.5 if worse else 0.9, sync_dist=False)
+
+
+RUNS: dict[str, Any] = {
+    "stop": lambda: (FaultOnOneRank(), {"non_finite": "stop"}),
+    "rollback": lambda: (FaultOnOneRank(), {"non_finite": "rollback"}),
+    "accuracy": lambda: (WorseOnOneRank(), {"accuracy_drop": "stop"}),
+}
+
+
+def main(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
-    module = FaultOnOneRank()
+    module, actions = RUNS[name]()
     claim = Claim(name="half", baseline=lambda: 2, optimized=lambda: 1, measure="bytes", threshold=2.0)
-    detector = AnomalyDetector({"non_finite": "stop"})
+    detector = AnomalyDetector(actions, checkpoint_every_n_steps=3)
     collector = TrainingMetricsCollector(sample_every_n_steps=1)
     trainer = Trainer(
-        max_epochs=9,
+        max_epochs=5,
         accelerator="cpu",
         strategy="ddp",
         devices=2,
@@ -44,10 +59,12 @@ def main(folder: Path) -> None:
     seen = {
         "losses": module.batch_losses,
         "steps": trainer.global_step,
-        "anomalies": [(a.step, a.kind) for a in detector.anomalies],
+        "anomalies": [(a.step, a.kind, a.value) for a in detector.anomalies],
+        "rollbacks": detector.rollbacks,
+        "weights": [p.sum().item() for p in module.parameters()],
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
