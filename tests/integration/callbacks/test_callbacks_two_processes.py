@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 def run(folder: Path, name: str) -> list[dict[str, Any]]:
     """What the two ranks saw in the run `name` of two_process_run.py."""
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), name],
@@ -52,15 +53,27 @@ def test_a_fault_on_one_rank_stops_both_and_the_report_is_of_both(tmp_path: Path
         assert b["tokens_per_second"] == pytest.approx(b["tokens"] / b["step_time_s"])
 
 
-def test_both_ranks_go_back_together(tmp_path: Path) -> None:
-    """The second rank's NaN is in both ranks' gradients from step 11 on; step 9 was the last good one."""
-    ranks = run(tmp_path, "rollback")
-    assert ranks[0]["rollbacks"] == ranks[1]["rollbacks"]
-    assert ranks[0]["rollbacks"] == [{"at_step": 12, "to_step": 9, "anomaly_step": 11}]
-    assert ranks[0]["weights"] == ranks[1]["weights"]
-    assert all(math.isfinite(value) for value in ranks[0]["weights"])
-    assert ranks[0]["steps"] == ranks[1]["steps"] == 5 * 8
-    assert not list(tmp_path.rglob("*.ckpt"))
+def test_both_ranks_go_back_together_with_whole_and_with_sharded_weights(tmp_path: Path) -> None:
+    """The second rank's NaN is in both ranks' gradients from step 11 on; step 9 was the last good one.
+
+    The two runs are the same training: norms of sharded gradients are those of the whole ones.
+    """
+    norms = {}
+    for name in ("rollback", "sharded"):
+        ranks = run(tmp_path / name, name)
+        assert ranks[0]["rollbacks"] == ranks[1]["rollbacks"]
+        assert ranks[0]["rollbacks"] == [{"at_step": 12, "to_step": 9, "anomaly_step": 11}]
+        assert ranks[0]["weights"] == ranks[1]["weights"]
+        assert all(math.isfinite(value) for value in ranks[0]["weights"])
+        assert ranks[0]["steps"] == ranks[1]["steps"] == 5 * 8
+        assert not list(tmp_path.rglob("*.ckpt"))
+        report = json.loads((tmp_path / name / "training_metrics_report.json").read_text())
+        norms[name] = [b["grad_norm"] for b in report["batches"]]
+    assert norms["sharded"][10] is None  # NaN
+    sound = [i for i in range(40) if i not in (10, 11)]
+    assert [norms["sharded"][i] for i in sound] == pytest.approx(
+        [norms["rollback"][i] for i in sound], rel=1e-4
+    )
 
 
 def test_a_validation_accuracy_that_only_one_rank_sees_fall_stops_both(tmp_path: Path) -> None:
