@@ -70,6 +70,12 @@ class LayerCache:
             self.keys = self.keys.map(lambda part: _grown(part, num_slots))
             self.values = self.values.map(lambda part: _grown(part, num_slots))
 
+    def mark_dynamic(self) -> None:
+        """Have torch.compile leave the number of slots open, so that growing does not compile anew."""
+        for part in (*self.keys, *self.values):
+            if part is not None:
+                torch._dynamo.mark_dynamic(part, 2)
+
     def rows(self, rows: slice | Tensor) -> Self:
         """The same for some rows of the batch: views of them for a slice, copies for indices (int64)."""
         chosen = object.__new__(type(self))
