@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ryzen_llm.cache import KVCache, LayerCache, build_cache, check_names
+from ryzen_llm.cache import KVCache, LayerCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.cuda_graph import GraphedStep
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.weights import KINDS, quantise_weights
@@ -51,7 +51,8 @@ class Generator:
 
     Args:
         model: The model; its weights are taken as they are now.
-        cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`, or one for each layer.
+        cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`, or one for each
+            layer, also as `KVCacheOptimizer` makes them.
         drafter: Name of a drafter for speculative decoding; none is built yet.
         weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, "fp32", or
             "int8" or "int4", which decode faster and change the output a little (`decoding.weights`).
@@ -65,7 +66,7 @@ class Generator:
         self,
         model: Transformer,
         *,
-        cache: str | Sequence[str] = "dense",
+        cache: str | Sequence[str | LayerFormat] = "dense",
         drafter: str | None = None,
         weights: str = "bf16",
         compile: bool = False,
