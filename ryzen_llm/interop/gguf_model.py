@@ -155,7 +155,7 @@ def _read_config(file: GGUFFile, architecture: str, where: str) -> ModelConfig:
     fields.finish()
     try:
         if _ROPE_FACTORS in file.tensors:
-            shape["rope_scaling"] = _llama3_scaling(file, shape, where)
+            shape["rope_scaling"] = _llama3_scaling(file, shape)
         return ModelConfig(**shape)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
@@ -178,17 +178,17 @@ def _scaling(fields: Fields) -> RopeScaling | None:
         raise InputError(f"{fields.where}: {error}") from error
 
 
-def _llama3_scaling(file: GGUFFile, shape: Mapping[str, Any], where: str) -> RopeScaling:
+def _llama3_scaling(file: GGUFFile, shape: Mapping[str, Any]) -> RopeScaling:
     """Llama 3.1's stretching, of which the file has the result: a divisor for each frequency.
 
     Raises InputError where no factor gives these divisors with the constants of Llama 3.1 and 3.2.
     """
     if file.tensors[_ROPE_FACTORS].shape != (shape["head_dim"] // 2,) or shape["rope_scaling"] is not None:
-        raise InputError(f"{where}: {_ROPE_FACTORS} does not fit the model's head_dim or rope.scaling")
+        raise InputError(f"{_ROPE_FACTORS} does not fit the model's head_dim or rope.scaling")
     divisors = torch.tensor(file.read(_ROPE_FACTORS))
     factor = float(divisors.max())
     if not 1 <= factor < math.inf:
-        raise InputError(f"{where}: {_ROPE_FACTORS} reaches {factor}, expected 1 or more")
+        raise InputError(f"{_ROPE_FACTORS} reaches {factor}, expected 1 or more")
     scaling = RopeScaling(
         kind="llama3",
         factor=factor,
@@ -200,5 +200,5 @@ def _llama3_scaling(file: GGUFFile, shape: Mapping[str, Any], where: str) -> Rop
     frequencies = shape["rope_theta"] ** -exponents
     expected = frequencies / scaling.stretch(frequencies, shape["rope_theta"])
     if not torch.allclose(divisors, expected, rtol=1e-4, atol=0):
-        raise InputError(f"{where}: {_ROPE_FACTORS} is not the llama3 scaling of any factor: not supported")
+        raise InputError(f"{_ROPE_FACTORS} is not the llama3 scaling of any factor: not supported")
     return scaling

@@ -78,9 +78,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": GEMMA_ROPE,
         },
     ),
-    "gemma3 with the usual pattern": (
+    "gemma3 of 7 layers": (
         "Gemma3",
-        {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7},
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "num_hidden_layers": 7},
     ),
 }
 
