@@ -18,7 +18,7 @@ from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import Ratio, peak_memory, speedup, synchronize, time_arms
-from ryzen_llm.kernels import supports_bf16
+from ryzen_llm.kernels import cross_entropy, supports_bf16
 from ryzen_llm.model import PRESETS, ModelConfig, Transformer
 from ryzen_llm.training import OptimizerConfig, build_adamw
 
@@ -30,6 +30,7 @@ ARMS = {
     "no compile": "ours without torch.compile",
     "no fused": "ours without fused AdamW",
     "no bf16": "ours in fp32",
+    "no fused loss": "ours with all logits at once, compiled",
     "transformers": "LlamaForCausalLM, bf16 autocast, compiled, fused AdamW",
     "transformers eager": "LlamaForCausalLM, eager fp32, PyTorch's default AdamW",
     "litgpt": "litgpt.GPT, bf16 autocast, compiled, fused AdamW",
@@ -160,25 +161,38 @@ def _builders(
     torch._dynamo.config.automatic_dynamic_shapes = False
     bf16 = supports_bf16(device)
 
-    def ours(regional: bool = True, whole: bool = False, autocast: bool = bf16, fused: bool = True) -> Built:
+    def ours(
+        regional: bool = True, autocast: bool = bf16, fused: bool = True, fused_loss: bool = True
+    ) -> Built:
         model = Transformer(config).to(device)
         if regional:
             model.compile_blocks()
-        loss = torch.compile(model.loss) if whole else model.loss
         adamw = build_adamw(model, OptimizerConfig(learning_rate=LEARNING_RATE), fused=fused)
-        return model, lambda ids, targets: loss(ids, targets)[0], adamw, autocast
+        if fused_loss:
+            return model, lambda ids, targets: model.loss(ids, targets)[0], adamw, autocast
+        head = torch.compile(
+            lambda hidden_states, targets: cross_entropy(model.logits(hidden_states), targets)
+        )
+        return model, lambda ids, targets: head(model.hidden_states(ids), targets)[0], adamw, autocast
+
+    def strong() -> Built:
+        model = Transformer(config).to(device)
+        loss = torch.compile(lambda ids, targets: cross_entropy(model(ids), targets)[0])
+        adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        return model, loss, adamw, bf16
 
     def naive() -> Built:
         model = Transformer(config).to(device)
         adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-        return model, lambda ids, targets: model.loss(ids, targets)[0], adamw, False
+        return model, lambda ids, targets: cross_entropy(model(ids), targets)[0], adamw, False
 
     builders: dict[str, Callable[[], Built]] = {
         OURS: ours,
         "naive": naive,
-        "strong": lambda: ours(regional=False, whole=True),
+        "strong": strong,
         "no compile": lambda: ours(regional=False),
         "no fused": lambda: ours(fused=False),
+        "no fused loss": lambda: ours(fused_loss=False),
     }
     if bf16:
         builders["no bf16"] = lambda: ours(autocast=False)

@@ -17,6 +17,7 @@ def build_claims(context: ClaimContext) -> list[Claim]:
     """Every claim, in the order of the report; nothing is copied, compiled or run yet."""
     return [
         kernel_performance.claim(context),
+        kernel_performance.claim_vs_strong(context),
         embedding_compression.claim(context),
         kv_cache.claim(context),
         kv_cache.claim_quality(context),

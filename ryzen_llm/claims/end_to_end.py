@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from ryzen_callbacks import Claim
 
-from ryzen_llm.claims.context import ClaimContext
+from ryzen_llm.claims.context import ClaimContext, plain_loss
 from ryzen_llm.decoding import Generator
 from ryzen_llm.training import OptimizerConfig, build_adamw
 
@@ -88,7 +88,9 @@ def _build(context: ClaimContext, recipe: Recipe) -> Arm:
     )
     if recipe == "ours" and context.compile:
         model.compile_blocks()
-    loss = torch.compile(model.loss) if recipe == "strong" else model.loss
+    loss = model.loss if recipe == "ours" else functools.partial(plain_loss, model)
+    if recipe == "strong":
+        loss = torch.compile(loss)
     optimizer = (
         build_adamw(model, OptimizerConfig(learning_rate=_LEARNING_RATE), fused=True)
         if optimised

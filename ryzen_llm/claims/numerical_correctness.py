@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from ryzen_callbacks import Claim
 
-from ryzen_llm.claims.context import ClaimContext
+from ryzen_llm.claims.context import ClaimContext, plain_loss
 
 
 def claim(context: ClaimContext) -> Claim:
@@ -33,8 +34,9 @@ def _losses(context: ClaimContext, as_trained: bool) -> list[float]:
         torch._dynamo.reset()
         model.compile_blocks()
     losses = []
+    loss = model.loss if as_trained else functools.partial(plain_loss, model)
     for batch in context.val_batches:
         ids = batch.to(context.device)
         with torch.autocast(context.device.type, enabled=False) if not as_trained else context.autocast():
-            losses.append(float(model.loss(ids[:, :-1], ids[:, 1:])[0]))
+            losses.append(float(loss(ids[:, :-1], ids[:, 1:])[0]))
     return losses

@@ -5,23 +5,27 @@ from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.geglu import geglu
 from ryzen_llm.kernels.hadamard import hadamard
-from ryzen_llm.kernels.hardware import CpuFeatures, cpu_features, supports_bf16
+from ryzen_llm.kernels.hardware import CpuCaches, CpuFeatures, cpu_caches, cpu_features, supports_bf16
+from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
 from ryzen_llm.kernels.rotary import apply_rotary, rotary_table
 from ryzen_llm.kernels.swiglu import swiglu
 
 __all__ = [
+    "CpuCaches",
     "CpuFeatures",
     "RopeScaling",
     "Stored",
     "apply_rotary",
     "cached_attention",
     "causal_attention",
+    "cpu_caches",
     "cpu_features",
     "cross_entropy",
     "geglu",
     "hadamard",
+    "linear_cross_entropy",
     "rms_norm",
     "rotary_table",
     "supports_bf16",

@@ -1,6 +1,8 @@
 """What the processor at hand can do, as PyTorch says; what it does not say counts as absent."""
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,29 @@ def cpu_features() -> CpuFeatures:
         amx_bf16=has("amx_bf16"),
         arm_bf16=has("bf16") or has("arm_bf16"),
     )
+
+
+@dataclass(frozen=True)
+class CpuCaches:
+    """Bytes of the first core's data caches, shared ones in full; None where unknown."""
+
+    l1: int | None
+    l2: int | None
+    l3: int | None
+
+
+@functools.cache
+def cpu_caches() -> CpuCaches:
+    """Ask Linux, which lists them under /sys; PyTorch's report has no L3."""
+    sizes: dict[str, int] = {}
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction":
+                sizes[level] = int(size.removesuffix("K")) * 1024
+        except (OSError, ValueError):
+            continue
+    return CpuCaches(l1=sizes.get("1"), l2=sizes.get("2"), l3=sizes.get("3"))
 
 
 def supports_bf16(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import (
     apply_rotary,
     causal_attention,
-    cross_entropy,
     geglu,
+    linear_cross_entropy,
     rms_norm,
     rotary_table,
     swiglu,
@@ -112,16 +112,6 @@ class Block(nn.Module):
         return output
 
 
-class NextTokenLoss(nn.Module):
-    """Output head and cross-entropy as one region to compile; it holds no parameters."""
-
-    def forward(
-        self, output_head: Callable[[Tensor], Tensor], hidden_states: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `Transformer.loss`."""
-        return cross_entropy(output_head(hidden_states), targets)
-
-
 class Transformer(nn.Module):
     """Token ids in, next-token logits out.
 
@@ -138,7 +128,6 @@ class Transformer(nn.Module):
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.next_token_loss = NextTokenLoss()
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 into_residual = name.endswith(("o_proj", "down_proj"))
@@ -206,15 +195,17 @@ class Transformer(nn.Module):
                 f"targets are {tuple(targets.shape)} {targets.dtype}, expected int64 shaped like input_ids, "
                 f"{tuple(input_ids.shape)}"
             )
-        loss, num_correct = self.next_token_loss(self.logits, self.hidden_states(input_ids), targets)
-        return loss, num_correct
+        hidden_states = self.hidden_states(input_ids)
+        if self.head is None:
+            return linear_cross_entropy(*self.embedding.head(hidden_states), targets)
+        return linear_cross_entropy(hidden_states, self.head.weight, targets)
 
     def compile_blocks(self) -> None:
         """Compile in place, region by region: the blocks share one compilation, and names stay as they are.
 
         A copy of the model (`copy.deepcopy`, pickling) is not compiled.
         """
-        for region in (*self.blocks, self.norm, self.next_token_loss):
+        for region in (*self.blocks, self.norm):
             region.compile()
 
     def content_hash(self) -> str:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -13,8 +14,14 @@ class Embedding(nn.Module, ABC):
         """The vectors of `input_ids` (...) int64, as (..., hidden_size)."""
 
     @abstractmethod
+    def head(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """What to multiply for the logits of `hidden_states` (..., hidden_size): x (..., size) and a weight
+        (vocab_size, size), so that logits are x weightᵀ. The fused loss multiplies them by itself.
+        """
+
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Each token's dot product with `hidden_states` (..., hidden_size), as (..., vocab_size)."""
+        return F.linear(*self.head(hidden_states))
 
     @property
     def bytes_resident(self) -> int:

@@ -19,6 +19,6 @@ class DenseEmbedding(Embedding):
         """See `Embedding.lookup`."""
         return F.embedding(input_ids, self.weight)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """See `Embedding.logits`."""
-        return F.linear(hidden_states, self.weight)
+    def head(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Embedding.head`."""
+        return hidden_states, self.weight

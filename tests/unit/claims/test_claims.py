@@ -42,6 +42,7 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
     claims = {claim.name: claim for claim in build_claims(context)}
     assert list(claims) == [
         "kernel_performance",
+        "kernel_performance_vs_strong",
         "embedding_compression",
         "kv_cache",
         "kv_cache_quality",
@@ -50,21 +51,30 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "end_to_end_vs_strong",
         "numerical_correctness",
     ]
-    assert "not built yet" in claims["kernel_performance"].not_measured_because
+    assert "not built yet" in claims["embedding_compression"].not_measured_because
     assert "enable_speculative_decoding" in claims["speculative_decoding"].not_measured_because
     assert claims["kv_cache"].threshold == 0.25
+    off = dataclasses.replace(context, enabled=Optimizations(enable_kernel_optimization=False))
+    assert "enable_kernel_optimization" in build_claims(off)[0].not_measured_because
 
 
 def test_measuring_leaves_the_model_as_it_was(context: ClaimContext) -> None:
     before = copy.deepcopy(context.model.state_dict())
-    claims = [c for c in build_claims(context) if c.name in ("end_to_end", "numerical_correctness")]
-    speed, loss = OptimizationValidator(claims, rounds=1).validate().results
+    claims = [
+        c
+        for c in build_claims(context)
+        if c.name in ("kernel_performance", "end_to_end", "numerical_correctness")
+    ]
+    kernels, speed, loss = OptimizationValidator(claims, rounds=1).validate().results
     assert speed.status == "WARNING", "one round gives no interval"
     assert speed.measured is not None
     assert speed.measured > 0
+    assert kernels.measured is not None
+    assert kernels.measured > 0
+    assert "forward and backward of 2 x 40 tokens" in kernels.description
     assert "2 optimizer steps on batches of 2 x 40 tokens, then 32 tokens" in speed.description
     assert loss.status == "PASS"
-    assert loss.measured == 0, "the same recipe twice"
+    assert loss.measured == pytest.approx(0, abs=1e-6), "the same precision, summed in another order"
     for name, tensor in context.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in context.model.parameters())
@@ -106,9 +116,10 @@ def test_bf16_moves_the_loss_a_little(context: ClaimContext) -> None:
 
 
 @pytest.mark.slow
-def test_the_strong_baseline_is_measured(context: ClaimContext) -> None:
+@pytest.mark.parametrize("name", ["kernel_performance_vs_strong", "end_to_end_vs_strong"])
+def test_the_strong_baseline_is_measured(name: str, context: ClaimContext) -> None:
     context = dataclasses.replace(context, precision="bf16-mixed", compile=True)
-    claim = next(c for c in build_claims(context) if c.name == "end_to_end_vs_strong")
+    claim = next(c for c in build_claims(context) if c.name == name)
     result = OptimizationValidator([claim], rounds=1).validate().results[0]
     assert result.status == "WARNING"
     assert result.threshold == 1.0

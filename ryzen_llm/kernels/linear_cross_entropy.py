@@ -1,0 +1,261 @@
+"""Output head and next-token cross-entropy in one op that never holds all logits.
+
+A chunk of rows at a time: logits = x Wᵀ into a slab that is used again, their log-sum-exp in fp32, and at
+once the gradient in the slab's place,
+
+    dlogits = softmax(logits) * (1 + 2 z lse) - (1 - smoothing) * onehot(target) - smoothing / vocab,
+
+from which dx = dlogits W and dW += dlogitsᵀ x: three matrix products in all, made in the forward pass, so
+that backward only scales (Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kernel, Hsu et al. 2024,
+arXiv:2410.10989, do so too). Above its inputs and gradients it needs the memory of one slab.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ryzen_llm.errors import InputError
+from ryzen_llm.kernels.hardware import cpu_caches
+
+Reduction = Literal["mean", "sum", "none"]
+
+GPU_SLAB_BYTES = 256 * 2**20
+"""Enough rows to fill a GPU at any vocabulary, and small beside the activations of a batch."""
+
+_SOFTMAX_ROWS = 64
+"""Rows whose softmax PyTorch makes at once: in fp32 they stay in a CPU's cache."""
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of ``hidden_states @ weight.T`` and how many targets had the largest logit.
+
+    `hidden_states` is (..., size), `weight` (vocab, size), of any floating dtype, and `targets` (...) int64.
+    Under autocast the products run in its dtype; sums, the loss and the gradient of `weight` are fp32 (fp64
+    for fp64 inputs). `label_smoothing` mixes the target with the uniform distribution (Szegedy et al. 2016,
+    arXiv:1512.00567); `z_loss` is the weight of the squared log-sum-exp (Chowdhery et al. 2022,
+    arXiv:2204.02311). Targets equal to `ignore_index` count for nothing; the mean over none is NaN, as in
+    PyTorch. Returns the loss, a scalar or with ``reduction="none"`` shaped like `targets`, and a scalar int64
+    count. "none" makes the logits a second time in backward. Raises InputError for shapes or settings that
+    do not fit.
+    """
+    if weight.dim() != 2 or hidden_states.shape[-1] != weight.shape[1]:
+        raise InputError(
+            f"hidden_states are {tuple(hidden_states.shape)} and weight {tuple(weight.shape)}, expected "
+            "(..., size) and (vocab, size)"
+        )
+    if targets.shape != hidden_states.shape[:-1] or targets.dtype != torch.int64:
+        raise InputError(
+            f"targets are {tuple(targets.shape)} {targets.dtype}, expected int64 of shape "
+            f"{tuple(hidden_states.shape[:-1])}"
+        )
+    if not 0 <= label_smoothing <= 1 or z_loss < 0:
+        raise InputError(
+            f"label_smoothing is {label_smoothing} and z_loss {z_loss}, expected 0 to 1 and zero or more"
+        )
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+    x, flat = hidden_states.flatten(0, -2), targets.flatten()
+    kept = flat != ignore_index
+    labels = torch.where(kept, flat, 0)
+    if reduction == "none":
+        losses, predictions = _rows(x, weight, labels, label_smoothing, z_loss)
+        loss = torch.where(kept, losses, 0).view(targets.shape)
+    else:
+        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        weights = kept.to(torch.promote_types(x.dtype, torch.float32))
+        loss, predictions, _, _ = _total(x, weight, labels, weights, label_smoothing, z_loss, gradients)
+        if reduction == "mean":
+            loss = loss / weights.sum()
+    return loss, ((predictions == flat) & kept).sum()
+
+
+def reference(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+    """The loss of each row by its formula: `logits` (rows, vocab), `targets` (rows,) -> (rows,)."""
+    lse = logits.logsumexp(-1)
+    target = logits.gather(-1, targets[:, None]).squeeze(-1)
+    smooth = label_smoothing * logits.mean(-1)
+    return lse - (1 - label_smoothing) * target - smooth + z_loss * lse.square()
+
+
+SoftmaxRows = Callable[[Tensor, Tensor, Tensor, float, float, bool, Tensor, Tensor], None]
+"""(logits, targets, row_weights, label_smoothing, z_loss, gradients, losses, predictions): fills the last
+two, and with `gradients` puts the gradient of the weighted loss in the place of `logits`."""
+
+
+@torch.library.custom_op("ryzen_llm::linear_cross_entropy", mutates_args=())
+def _total(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted sum of the losses, predictions (rows,), and its gradients by x and weight (else empty)."""
+    losses, predictions, dx, dw = _in_chunks(
+        x, weight, targets, row_weights, label_smoothing, z_loss, gradients
+    )
+    return (losses * row_weights).sum(), predictions, dx, dw
+
+
+@_total.register_fake
+def _total_fake(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dw = (t.new_empty(t.shape if gradients else (0,)) for t in (x, weight))
+    return row_weights.new_empty(()), torch.empty_like(targets), dx, dw
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 7
+    dx, dw = ctx.saved_tensors
+    return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), None, None, None, None, None
+
+
+_total.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@register_flop_formula(torch.ops.ryzen_llm.linear_cross_entropy)
+def _flops(x: list[int], weight: list[int], *settings: Any, **_: Any) -> int:
+    return (6 if settings[-1] else 2) * x[0] * weight[0] * weight[1]
+
+
+@torch.library.custom_op("ryzen_llm::linear_cross_entropy_rows", mutates_args=())
+def _rows(
+    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of each row and its prediction, (rows,) both."""
+    ones = x.new_ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    return _in_chunks(x, weight, targets, ones, label_smoothing, z_loss, False)[:2]
+
+
+@_rows.register_fake
+def _rows_fake(
+    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    return losses, torch.empty_like(targets)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _recompute(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 5
+    x, weight, targets = ctx.saved_tensors
+    _, _, dx, dw = _total(x, weight, targets, upstream, *ctx.settings, True)
+    return dx, dw, None, None, None
+
+
+_rows.register_autograd(_recompute, setup_context=_keep_inputs)
+
+
+def _in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, vocab = len(x), len(weight)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    head = weight.to(x.dtype)
+    losses, predictions = x.new_empty(rows, dtype=wide), torch.empty_like(targets)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients else x.new_empty(0)
+    dw = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, wide)) if gradients else None
+    softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_by_pytorch
+    chunk = slab_rows(rows, vocab, x.element_size(), x.device)
+    slab = x.new_empty(chunk, vocab)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        logits = slab[: part.stop - part.start]
+        torch.mm(x[part], head.T, out=logits)
+        softmax_rows(
+            logits,
+            targets[part],
+            row_weights[part],
+            label_smoothing,
+            z_loss,
+            gradients,
+            losses[part],
+            predictions[part],
+        )
+        if dw is not None:
+            torch.mm(logits, head, out=dx[part])
+            dw += logits.T @ x[part]
+    return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
+
+
+def slab_rows(rows: int, vocab: int, element_size: int, device: torch.device) -> int:
+    """Rows of logits made at once: half the last-level cache of a CPU, `GPU_SLAB_BYTES` of a GPU.
+
+    Chunks are of one size, but for the last; fewer than 128 rows would make poor matrix products.
+    """
+    budget = (cpu_caches().l3 or 2**24) // 2 if device.type == "cpu" else GPU_SLAB_BYTES
+    most = max(budget // (vocab * element_size) // 128 * 128, 128)
+    chunks = -(-rows // most)
+    return max(-(-rows // max(chunks, 1)), 1)
+
+
+def _softmax_by_pytorch(
+    logits: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    gradients: bool,
+    losses: Tensor,
+    predictions: Tensor,
+) -> None:
+    for start in range(0, len(logits), _SOFTMAX_ROWS):
+        part = slice(start, start + _SOFTMAX_ROWS)
+        block, labels, weights = logits[part].to(losses.dtype), targets[part, None], row_weights[part, None]
+        torch.argmax(block, -1, out=predictions[part])
+        losses[part] = reference(block, targets[part], label_smoothing, z_loss)
+        if gradients:
+            lse = block.logsumexp(-1, keepdim=True)
+            scale = weights * (1 + 2 * z_loss * lse)
+            block = torch.sub(block, lse).exp_().mul_(scale)
+            block.scatter_add_(-1, labels, weights * (label_smoothing - 1))
+            if label_smoothing:
+                block -= weights * (label_smoothing / block.shape[-1])
+            logits[part] = block
+
+
+def _softmax_on_gpu() -> SoftmaxRows:
+    try:
+        from ryzen_llm.kernels.linear_cross_entropy_triton import softmax_rows
+    except ImportError:  # Triton is there on Linux only
+        return _softmax_by_pytorch
+    return softmax_rows
