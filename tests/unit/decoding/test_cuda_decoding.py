@@ -1,4 +1,4 @@
-"""On a GPU: the Triton kernel against the fp32 formula, and a CUDA graph against stepwise scoring on the CPU."""
+"""On a GPU: the Triton kernel against the fp32 formula, a CUDA graph against single steps on the CPU."""
 
 import sys
 from pathlib import Path
