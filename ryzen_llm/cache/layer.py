@@ -99,8 +99,9 @@ class LayerCache:
         stored, so that it makes no difference whether a token came alone or with others. The result is shaped
         like `queries`.
 
-        Raises InputError for another shape or dtype, and, outside compiled code, for keys or values that are
-        not finite numbers.
+        Raises InputError for another shape or dtype, and on a CPU for keys or values that are not finite
+        numbers; in compiled code and on a GPU, where that would wait for the device, they reach the logits,
+        which `Generator` looks at.
         """
         self._check(queries, keys, values)
         if self.ring and queries.shape[2] > RING_SLACK:
@@ -130,7 +131,7 @@ class LayerCache:
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
             encoded = format.encode(new)
-            if not torch.compiler.is_compiling():
+            if new.device.type == "cpu" and not torch.compiler.is_compiling():
                 _require_finite(encoded)
             for kept, fresh in zip(stored, encoded, strict=True):
                 if kept is not None and fresh is not None:
@@ -180,6 +181,8 @@ def _grown(part: Tensor, num_slots: int) -> Tensor:
 
 def _write(buffer: Tensor, new: Tensor, slots: Tensor) -> None:
     new = new.to(buffer.dtype)
+    if buffer.dtype == torch.float8_e4m3fn:  # which few ops know
+        buffer, new = buffer.view(torch.uint8), new.view(torch.uint8)
     if slots.shape[0] == 1:
         buffer.index_copy_(2, slots[0], new)
     else:
