@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,26 +37,29 @@ Times = Mapping[str, list[float]]
 
 
 def time_arms(arms: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Time every arm once a round; the caller has warmed them up.
-
-    The order moves on by one arm and turns around from round to round, so that no arm always follows the same
-    one, and whatever slows the machine for longer than a round slows all alike.
-    """
+    """Time every arm once a round; the caller has warmed them up."""
     names = list(arms)
     times: dict[str, list[float]] = {name: [] for name in names}
     with Progress(transient=True) as progress:
-        task = progress.add_task("measuring", total=rounds * len(names))
-        for index in range(rounds):
-            shift = index % len(names)
-            order = names[shift:] + names[:shift]
-            for name in order if index % 2 == 0 else reversed(order):
-                synchronize()
-                start = time.perf_counter()
-                arms[name]()
-                synchronize()
-                times[name].append(time.perf_counter() - start)
-                progress.advance(task)
+        for name in progress.track(interleaved(names, rounds), rounds * len(names), description="measuring"):
+            synchronize()
+            start = time.perf_counter()
+            arms[name]()
+            synchronize()
+            times[name].append(time.perf_counter() - start)
     return times
+
+
+def interleaved(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Every name once a round.
+
+    The order moves on by one and turns around from round to round, so that none always follows the same one,
+    and whatever slows the machine for longer than a round slows all alike.
+    """
+    for index in range(rounds):
+        shift = index % len(names)
+        order = [*names[shift:], *names[:shift]]
+        yield from order if index % 2 == 0 else reversed(order)
 
 
 def speedup(times: Times, baseline: str, other: str) -> Ratio:

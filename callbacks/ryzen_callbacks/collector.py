@@ -18,7 +18,7 @@ from ryzen_callbacks.metrics_log import EPOCH_FIELDS, MetricsLog
 from ryzen_callbacks.report_path import prepare_report_path
 from ryzen_callbacks.reports import AnomalyRow, MetricStatistics, RunMetadata, TrainingMetricsReport
 from ryzen_callbacks.step_callback import StepCallback, logged_now, validated
-from ryzen_callbacks.step_logging import log_restart, log_step
+from ryzen_callbacks.step_logging import log_restart, log_steps
 from ryzen_callbacks.step_recorder import Step
 
 REPORT_NAME = "training_metrics_report.json"
@@ -177,9 +177,9 @@ class TrainingMetricsCollector(StepCallback):
             if self.flops_per_token and self._peak and "tokens_per_second" in values:
                 values["mfu"] = self.flops_per_token * values["tokens_per_second"] / self._peak
             self._log.add_step(step.step, step.epoch, values)
-            tagged = {f"train/{name}": value for name, value in values.items()}
-            log_step(trainer.loggers, tagged, step.step)
-            self._log.add_to_epoch(step.epoch, _component_figures(values), {})
+            if figures := _component_figures(values):
+                self._log.add_to_epoch(step.epoch, figures, {})
+        log_steps(trainer.loggers, steps)
         if self.last_step - self._written_at >= self.write_every_n_steps:
             self._write(trainer)
 

@@ -37,6 +37,13 @@ class _Epoch:
     given: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
+    def push(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            running = self.statistics.get(name)
+            if running is None:
+                running = self.statistics[name] = RunningStatistics()
+            running.push(value)
+
 
 class MetricsLog:
     """Streaming aggregates in bounded memory.
@@ -47,17 +54,17 @@ class MetricsLog:
 
     def __init__(self, sample_every_n_steps: int) -> None:
         self.sample_every_n_steps = sample_every_n_steps
-        self.statistics: dict[str, RunningStatistics] = {}
         self.batches: list[dict[str, float | None]] = []
         self._finished: list[EpochRow] = []
+        self._past: dict[str, RunningStatistics] = {}
+        """Of the finished epochs."""
         self._epoch: _Epoch | None = None
 
     def add_step(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Take in one optimizer step. Values that are missing were not measured at this step."""
         current = self._enter(epoch)
         current.step = step
-        for name, value in values.items():
-            self._push(name, value, current)
+        current.push(values)
         seconds = values.get("step_time_s")
         if seconds is not None and "tokens" in values:
             current.timed_tokens += values["tokens"]
@@ -74,8 +81,7 @@ class MetricsLog:
     def add_epoch_statistics(self, epoch: int, values: Mapping[str, float]) -> None:
         """Values that were measured once in an epoch, into the statistics of the run and of the epoch."""
         current = self._enter(epoch)
-        for name, value in values.items():
-            self._push(name, value, current)
+        current.push(values)
 
     def epochs(self) -> list[EpochRow]:
         """All rows, with the running epoch's as it stands."""
@@ -83,7 +89,7 @@ class MetricsLog:
 
     def summary(self) -> dict[str, MetricStatistics]:
         """Statistics of every metric over the run."""
-        return {name: _summary(running) for name, running in self.statistics.items()}
+        return {name: _summary(running) for name, running in self._statistics().items()}
 
     def sampled_csv(self) -> str:
         """The sampled steps as CSV, a column for each value ever seen, empty where a step has it not."""
@@ -98,7 +104,7 @@ class MetricsLog:
         """Plain Python state, enough to go on exactly, in the middle of an epoch too."""
         return {
             "sample_every_n_steps": self.sample_every_n_steps,
-            "statistics": {n: s.state_dict() for n, s in self.statistics.items()},
+            "past": {n: s.state_dict() for n, s in self._past.items()},
             "batches": [dict(b) for b in self.batches],
             "finished": [row.model_dump() for row in self._finished],
             "epoch": asdict(self._epoch) if self._epoch is not None else None,
@@ -107,7 +113,7 @@ class MetricsLog:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.sample_every_n_steps = state["sample_every_n_steps"]
-        self.statistics = _load_statistics(state["statistics"])
+        self._past = _load_statistics(state["past"])
         self.batches = [dict(b) for b in state["batches"]]
         self._finished = [EpochRow.model_validate(row) for row in state["finished"]]
         epoch = state["epoch"]
@@ -119,18 +125,19 @@ class MetricsLog:
         """The running epoch, after finishing the one before it if this is another."""
         if self._epoch is None or self._epoch.epoch != epoch:
             if self._epoch is not None:
+                self._past = self._statistics()
                 self._finished.append(self._row(self._epoch))
                 if len(self._finished) > _MAX_EPOCHS:
                     del self._finished[-2::-2]  # the last one stays: the next is compared with it
             self._epoch = _Epoch(epoch)
         return self._epoch
 
-    def _push(self, name: str, value: float, epoch: _Epoch) -> None:
-        for statistics in (self.statistics, epoch.statistics):
-            running = statistics.get(name)
-            if running is None:
-                running = statistics[name] = RunningStatistics()
-            running.push(value)
+    def _statistics(self) -> dict[str, RunningStatistics]:
+        """Of the whole run."""
+        now = self._epoch.statistics if self._epoch is not None else {}
+        names = dict.fromkeys([*self._past, *now])
+        none = RunningStatistics()
+        return {name: self._past.get(name, none).merge(now.get(name, none)) for name in names}
 
     def _sample(self, batch: dict[str, float | None]) -> None:
         self.batches.append(batch)

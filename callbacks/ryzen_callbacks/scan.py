@@ -35,7 +35,19 @@ Rows = dict[int, dict[str, float]]
 
 
 def scan(path: str | Path, plateau_steps: int | None = None) -> list[Anomaly]:
-    """The anomalies in a CSV file (.csv or .csv.gz, with a `step` column) or a folder of TensorBoard events.
+    """The anomalies in a log; see `read_log`."""
+    rows = read_log(path)
+    detector = AnomalyDetector(plateau_steps=plateau_steps)
+    found = []
+    for step in sorted(rows):
+        values = rows[step]
+        found += detector.update(step=step, **signals_of(values), accuracy=values.get("accuracy"))
+    return found
+
+
+def read_log(path: str | Path) -> Rows:
+    """Values by name (as in `Step.values`, and `accuracy`) by step, of a CSV file (.csv or .csv.gz, with a
+    `step` column) or a folder of TensorBoard events.
 
     Raises:
         ValueError: there is nothing there to look at, or a value is no number.
@@ -44,12 +56,7 @@ def scan(path: str | Path, plateau_steps: int | None = None) -> list[Anomaly]:
     rows = _read_tensorboard(path) if path.is_dir() else _read_csv(path)
     if not rows:
         raise ValueError(f"{path} has no column or tag that is known here; known are {', '.join(_NAMES)}")
-    detector = AnomalyDetector(plateau_steps=plateau_steps)
-    found = []
-    for step in sorted(rows):
-        values = rows[step]
-        found += detector.update(step=step, **signals_of(values), accuracy=values.get("accuracy"))
-    return found
+    return rows
 
 
 def _read_csv(path: Path) -> Rows:

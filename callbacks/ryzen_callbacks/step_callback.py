@@ -104,8 +104,9 @@ class StepCallback(Callback):
             return
         tokens = self._count_tokens(batch) if self._count_tokens is not None else None
         self._recorder.batch_ended(_loss(trainer, pl_module, outputs), tokens, _leading_dimension(batch))
-        if trainer.global_step != self._global_step:
-            self._global_step = trainer.global_step
+        global_step = trainer.global_step  # a long way through Lightning's loops, so asked for once
+        if global_step != self._global_step:
+            self._global_step = global_step
             self._step += 1
             self._recorder.step_ended(self._step, trainer.current_epoch)
             interval = trainer.log_every_n_steps or _DEFAULT_INTERVAL  # type: ignore[attr-defined]

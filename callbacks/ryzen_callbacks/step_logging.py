@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -10,20 +10,23 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
+from ryzen_callbacks.step_recorder import Step
 
-def log_step(loggers: Sequence[Logger], values: Mapping[str, float], step: int) -> None:
-    """Log `values` at `step` with every logger.
 
-    TensorBoard gets one event with all values: an event for each, as `log_metrics` writes them, costs it
-    several times as much, in this thread and in its writer's.
+def log_steps(loggers: Sequence[Logger], steps: Sequence[Step]) -> None:
+    """Log each step's values with every logger, as `train/<name>`.
+
+    TensorBoard gets one event a step with all values: an event for each, as `log_metrics` writes them, costs
+    it several times as much, in this thread and in its writer's.
     """
     for logger in loggers:
-        writer = _tensorboard_writer(logger)
-        if writer is not None and not getattr(logger, "_prefix", ""):
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
-            writer.add_summary(summary, step)
-        else:
-            logger.log_metrics(dict(values), step=step)
+        writer = _tensorboard_writer(logger) if not getattr(logger, "_prefix", "") else None
+        for step in steps:
+            if writer is not None:
+                values = [Summary.Value(tag=f"train/{n}", simple_value=v) for n, v in step.values.items()]
+                writer.add_summary(Summary(value=values), step.step)
+            else:
+                logger.log_metrics({f"train/{n}": v for n, v in step.values.items()}, step=step.step)
 
 
 def log_restart(trainer: Trainer, step: int) -> None:

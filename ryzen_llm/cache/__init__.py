@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ryzen_llm.cache.base import AttentionShape, Format, LayerFormat
+from ryzen_llm.cache.base import AttentionShape, Format, KeyTransform, LayerFormat
 from ryzen_llm.cache.dense import Dense
 from ryzen_llm.cache.fp8 import Fp8
 from ryzen_llm.cache.int4 import Int4
@@ -25,7 +25,7 @@ CACHES: dict[str, LayerFormat] = {
 
 
 def build_cache(
-    name: str | Sequence[str],
+    kind: str | Sequence[str | LayerFormat],
     config: AttentionShape,
     *,
     batch_size: int,
@@ -33,15 +33,15 @@ def build_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:
-    """An empty cache for a model shaped like `config`, of one kind or of one for each layer.
+    """An empty cache for a model shaped like `config`; `kind` is a name, or a name or format for each layer.
 
     Raises InputError for an unknown name, and as `KVCache` and its formats do.
     """
-    names = [name] * config.num_layers if isinstance(name, str) else list(name)
-    check_names(names)
+    kinds = [kind] * config.num_layers if isinstance(kind, str) else list(kind)
+    check_names(kinds)
     return KVCache(
         config,
-        [CACHES[each] for each in names],
+        [CACHES[each] if isinstance(each, str) else each for each in kinds],
         batch_size=batch_size,
         max_length=max_length,
         dtype=dtype,
@@ -49,10 +49,10 @@ def build_cache(
     )
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_names(kinds: Sequence[str | LayerFormat]) -> None:
     """Raise InputError for a name that is not in `CACHES`."""
-    for name in names:
-        if name not in CACHES:
+    for name in kinds:
+        if isinstance(name, str) and name not in CACHES:
             raise InputError(f"unknown cache {name!r}: choose one of {', '.join(sorted(CACHES))}")
 
 
@@ -62,6 +62,7 @@ __all__ = [
     "AttentionShape",
     "Format",
     "KVCache",
+    "KeyTransform",
     "LayerCache",
     "LayerFormat",
     "build_cache",

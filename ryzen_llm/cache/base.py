@@ -46,6 +46,23 @@ class Format(ABC):
         """What to store for `x` (batch, kv_heads, time, head_dim), each vector by itself."""
 
 
+@dataclass(frozen=True, eq=False)
+class KeyTransform:
+    """What is done to a layer's keys before they are stored, measured on text: (k - offset) * scale.
+
+    Queries are divided by `scale` in turn. A part of the score that is the same for every key does nothing in
+    a softmax, so q · offset is left out. With scale = (mean q² / mean (k - offset)²)^¼ for each channel,
+    rounding costs the scores least (SmoothQuant's idea, Xiao et al. 2022, arXiv:2211.10438, for keys).
+
+    Attributes:
+        offset: (kv_heads, 1, head_dim) fp32.
+        scale: The same shape, positive.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+
 @dataclass(frozen=True)
 class LayerFormat:
     """How one layer keeps its tokens.
@@ -55,8 +72,10 @@ class LayerFormat:
         values: The format of the values.
         sinks: How many of the first tokens are kept as they are, too: attention leans on them whatever they
             say (Xiao et al. 2023, arXiv:2309.17453), and their keys are the most extreme.
+        key_transform: Measured by `KVCacheOptimizer`; None for none.
     """
 
     keys: Format
     values: Format
     sinks: int = 0
+    key_transform: KeyTransform | None = None

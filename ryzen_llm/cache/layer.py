@@ -49,6 +49,10 @@ class LayerCache:
         self.values = format.values.empty(shape, dtype, device)
         # The last slot takes every later token's, so that writing needs no branch.
         sinks = (batch_size, kv_heads, format.sinks + 1, head_dim)
+        transform = format.key_transform
+        self.key_transform = (
+            () if transform is None else (transform.offset.to(device), transform.scale.to(device))
+        )
         self.sinks = (
             tuple(torch.zeros(sinks, dtype=dtype, device=device) for _ in range(2)) if format.sinks else ()
         )
@@ -56,7 +60,9 @@ class LayerCache:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that it holds."""
-        return [part for part in (*self.keys, *self.values, *self.sinks) if part is not None]
+        return [
+            part for part in (*self.keys, *self.values, *self.sinks, *self.key_transform) if part is not None
+        ]
 
     @property
     def num_slots(self) -> int:
@@ -69,6 +75,12 @@ class LayerCache:
         if num_slots > self.num_slots:
             self.keys = self.keys.map(lambda part: _grown(part, num_slots))
             self.values = self.values.map(lambda part: _grown(part, num_slots))
+
+    def mark_dynamic(self) -> None:
+        """Have torch.compile leave the number of slots open, so that growing does not compile anew."""
+        for part in (*self.keys, *self.values):
+            if part is not None:
+                torch._dynamo.mark_dynamic(part, 2)
 
     def rows(self, rows: slice | Tensor) -> Self:
         """The same for some rows of the batch: views of them for a slice, copies for indices (int64)."""
@@ -87,8 +99,9 @@ class LayerCache:
         stored, so that it makes no difference whether a token came alone or with others. The result is shaped
         like `queries`.
 
-        Raises InputError for another shape or dtype, and, outside compiled code, for keys or values that are
-        not finite numbers.
+        Raises InputError for another shape or dtype, and on a CPU for keys or values that are not finite
+        numbers; in compiled code and on a GPU, where that would wait for the device, they reach the logits,
+        which `Generator` looks at.
         """
         self._check(queries, keys, values)
         if self.ring and queries.shape[2] > RING_SLACK:
@@ -103,6 +116,11 @@ class LayerCache:
             held = positions.clamp(max=self.format.sinks)
             for buffer, new in zip(self.sinks, (keys, values), strict=True):
                 _write(buffer, new, held)
+        if self.key_transform:
+            offset, scale = self.key_transform
+            keys = ((keys - offset) * scale).to(queries.dtype)
+            grouped = torch.unflatten(queries, 1, (keys.shape[1], -1))
+            queries = torch.flatten(grouped / scale[:, None], 1, 2).to(queries.dtype)
         if self.format.keys.rotated:
             # One product for both; the scores stay the same.
             rotated = hadamard(torch.cat((queries, keys), 1)).to(queries.dtype)
@@ -113,7 +131,7 @@ class LayerCache:
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
             encoded = format.encode(new)
-            if not torch.compiler.is_compiling():
+            if new.device.type == "cpu" and not torch.compiler.is_compiling():
                 _require_finite(encoded)
             for kept, fresh in zip(stored, encoded, strict=True):
                 if kept is not None and fresh is not None:
@@ -125,11 +143,14 @@ class LayerCache:
         return hadamard(context).to(queries.dtype) if self.format.values.rotated else context
 
     def _sinks_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The first tokens, rotated as the others are."""
+        """The first tokens, transformed and rotated as the others are."""
         if not self.sinks:
             return None
         count = self.format.sinks
         keys, values = (buffer[:, :, :count] for buffer in self.sinks)
+        if self.key_transform:
+            offset, scale = self.key_transform
+            keys = ((keys - offset) * scale).to(dtype)
         return (
             hadamard(keys).to(dtype) if self.format.keys.rotated else keys,
             hadamard(values).to(dtype) if self.format.values.rotated else values,
@@ -160,6 +181,8 @@ def _grown(part: Tensor, num_slots: int) -> Tensor:
 
 def _write(buffer: Tensor, new: Tensor, slots: Tensor) -> None:
     new = new.to(buffer.dtype)
+    if buffer.dtype == torch.float8_e4m3fn:  # which few ops know
+        buffer, new = buffer.view(torch.uint8), new.view(torch.uint8)
     if slots.shape[0] == 1:
         buffer.index_copy_(2, slots[0], new)
     else:

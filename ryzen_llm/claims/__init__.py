@@ -19,6 +19,7 @@ def build_claims(context: ClaimContext) -> list[Claim]:
         kernel_performance.claim(context),
         embedding_compression.claim(context),
         kv_cache.claim(context),
+        kv_cache.claim_quality(context),
         speculative_decoding.claim(context),
         end_to_end.claim(context),
         end_to_end.claim_vs_strong(context),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ryzen_llm.cache import check_names
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import Transformer
 
@@ -54,17 +55,24 @@ class Thresholds:
 class Optimizations:
     """Which optimisations the run uses; one switched off is reported as not measured.
 
+    Raises InputError for an unknown kind of cache.
+
     Args:
         enable_kernel_optimization: Use and measure the optimised kernels.
         enable_embedding_compression: Use and measure the compressed embedding.
         enable_kv_cache_optimization: Use and measure the compressed key-value cache.
         enable_speculative_decoding: Use and measure speculative decoding.
+        kv_cache: Kind of compressed cache that is used and measured: int8, k8v4, int4, int4-sinks or fp8.
     """
 
     enable_kernel_optimization: bool = True
     enable_embedding_compression: bool = True
     enable_kv_cache_optimization: bool = True
     enable_speculative_decoding: bool = True
+    kv_cache: str = "int8"
+
+    def __post_init__(self) -> None:
+        check_names([self.kv_cache])
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ryzen_llm.cache import CACHES, KVCache, build_cache
+from ryzen_llm.cache import KVCache, LayerCache, LayerFormat, build_cache, check_names
+from ryzen_llm.decoding.cuda_graph import GraphedStep
 from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.weights import KINDS, quantise_weights
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import supports_bf16
 from ryzen_llm.model import Transformer
 
-WEIGHTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = ("bf16", "fp32", *KINDS)
+STOP_CHECK_INTERVAL = 16
+"""Tokens between two looks at whether all rows have stopped, where a look makes the host wait for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -47,45 +51,53 @@ class Generator:
 
     Args:
         model: The model; its weights are taken as they are now.
-        cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`.
+        cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`, or one for each
+            layer, also as `KVCacheOptimizer` makes them.
         drafter: Name of a drafter for speculative decoding; none is built yet.
-        weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, or "fp32".
-        compile: Compile the step that decodes one token; the first call then takes seconds longer.
+        weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, "fp32", or
+            "int8" or "int4", which decode faster and change the output a little (`decoding.weights`).
+        compile: Compile the step that decodes one token; the first call then takes up to a minute longer.
 
-    Raises InputError for an unknown cache, drafter or kind of weights.
+    Raises InputError for an unknown cache, drafter or kind of weights, and for weights that the model's sizes
+    or the hardware do not allow.
     """
 
     def __init__(
         self,
         model: Transformer,
         *,
-        cache: str = "dense",
+        cache: str | Sequence[str | LayerFormat] = "dense",
         drafter: str | None = None,
         weights: str = "bf16",
         compile: bool = False,
     ) -> None:
-        if cache not in CACHES:
-            raise InputError(f"unknown cache {cache!r}: choose one of {', '.join(sorted(CACHES))}")
+        check_names([cache] if isinstance(cache, str) else cache)
         if drafter is not None:
             raise InputError(f"unknown drafter {drafter!r}: none is built yet, leave it out")
         if weights not in WEIGHTS:
             raise InputError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
         self.device = next(model.parameters()).device
-        if weights == "bf16" and not supports_bf16(self.device):
+        if not supports_bf16(self.device) and weights != "fp32":
+            if weights in KINDS:
+                raise InputError(
+                    f"weights {weights} need bf16 arithmetic, which {self.device} does not have: choose fp32"
+                )
             warnings.warn(f"{self.device} has no bf16 arithmetic: decoding with fp32 weights", stacklevel=2)
             weights = "fp32"
         self.weights = weights
+        self.dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         self.cache = cache
         self.compile = compile
         # A copy of the modules around the weights in their decoding dtype; where that is theirs already, the
         # memory is shared.
         cast = {
-            id(p): nn.Parameter(p.detach().to(WEIGHTS[weights]), requires_grad=False)
-            for p in model.parameters()
+            id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in model.parameters()
         }
         self.model: Transformer = copy.deepcopy(model, cast).eval()
-        if compile:
-            self.model.compile_blocks()
+        if weights in KINDS:
+            quantise_weights(self.model, weights)
+        # The whole step is one graph: a graph a block would pay for Python and guards once a block.
+        self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
 
     @torch.inference_mode()
     def generate(
@@ -125,48 +137,73 @@ class Generator:
             self.model.config,
             batch_size=batch_size,
             max_length=prompt_length + max_new_tokens,
-            dtype=WEIGHTS[self.weights],
+            dtype=self.dtype,
             device=self.device,
         )
         stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=self.device)
         stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
-
+        # Waiting for the device at every token would leave it idle; a CPU is not waited for.
+        interval = 1 if self.device.type == "cpu" or on_token is not None else STOP_CHECK_INTERVAL
+        logits = self._next_logits(input_ids, cache.append(prompt_length), cache.layers)
+        finite = logits.isfinite().all()
         new_ids: list[Tensor] = []
         first_token_at = started
-        while len(new_ids) < max_new_tokens:
-            if not new_ids:
-                token = sampling.sample(self._prefill(input_ids, cache), rng)
+        step: Callable[[Tensor], Tensor] | None = None
+        while True:
+            token = sampling.sample(logits, rng)
+            new_ids.append(torch.where(stopped, new_ids[-1], token) if new_ids else token)
+            if len(new_ids) == 1:
                 first_token_at = self._now()
-            else:
-                sampled = sampling.sample(self._next_logits(new_ids[-1][:, None], cache), rng)
-                token = torch.where(stopped, new_ids[-1], sampled)
-            new_ids.append(token)
             if on_token is not None:
-                on_token(token.tolist())
+                on_token(new_ids[-1].tolist())
             if stop_tokens:
-                stopped |= torch.isin(token, stops)
-                if stopped.all():
+                stopped |= torch.isin(new_ids[-1], stops)
+                if len(new_ids) % interval == 0 and stopped.all():
                     break
+            if len(new_ids) == max_new_tokens:
+                break
+            if step is None:
+                step = self._decoding_step(cache, token[:, None])
+            logits = step(new_ids[-1][:, None])
+            finite &= logits.isfinite().all()
 
-        timed_tokens = batch_size * (len(new_ids) - 1)
+        seconds = self._now() - first_token_at
+        if not finite:
+            raise InputError(
+                "the model's logits are not finite: its weights are damaged, or its activations overflow in "
+                f"{self.dtype}: try weights fp32"
+            )
         added = torch.stack(new_ids, dim=1)
+        if stop_tokens:  # what was generated between the last row's stop and noticing it
+            ended = torch.isin(added, stops).cumsum(1).bool().all(0)
+            added = added[:, : added.shape[1] - max(0, int(ended.sum()) - 1)]
+        timed_tokens = batch_size * (len(new_ids) - 1)
         return Generation(
             ids=torch.cat((input_ids, added), dim=1),
             new_ids=added,
             stop_reason="stop" if stopped.all() else "length",
             time_to_first_token_s=first_token_at - started,
-            tokens_per_second=timed_tokens / (self._now() - first_token_at) if timed_tokens else None,
+            tokens_per_second=timed_tokens / seconds if timed_tokens else None,
             accepted_per_step=None,
         )
 
-    def _prefill(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        if not self.compile:
-            return self._next_logits(input_ids, cache)
-        with torch.compiler.set_stance("force_eager"):  # every length of prompt would compile anew
-            return self._next_logits(input_ids, cache)
+    def _next_logits(self, input_ids: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Tensor:
+        return self.model.logits(self.model.run_blocks(input_ids, positions, layers)[:, -1])
 
-    def _next_logits(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        return self.model.logits(self.model.hidden_states(input_ids, cache)[:, -1])
+    def _decoding_step(self, cache: KVCache, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """From tokens (batch, 1) to the logits after them."""
+        if self.device.type == "cuda":
+            cache.reserve(cache.max_length)
+            return GraphedStep(self._step, cache, tokens)
+
+        def step(tokens: Tensor) -> Tensor:
+            positions = cache.append(1)
+            if self.compile:
+                for layer in cache.layers:
+                    layer.mark_dynamic()
+            return self._step(tokens, positions, cache.layers)
+
+        return step
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -1,6 +1,5 @@
 """The Walsh-Hadamard rotation, which spreads an outlier over all channels (QuaRot, arXiv:2404.00456)."""
 
-import functools
 import math
 
 import torch
@@ -14,7 +13,7 @@ def hadamard(x: Tensor) -> Tensor:
     """
     size = x.shape[-1]
     block = math.gcd(size, 256)
-    matrix = _matrix(block).to(x.device)
+    matrix = _matrix(block, x.device)
     rows = x.float().reshape(*x.shape[:-1], size // block, block)
     if torch.compiler.is_compiling():
         # Multiply-and-sum, so that Inductor fuses it with what comes before and after: for the few rows of a
@@ -23,9 +22,13 @@ def hadamard(x: Tensor) -> Tensor:
     return torch.matmul(rows, matrix).reshape(x.shape)
 
 
-@functools.cache
-def _matrix(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / math.sqrt(size)
+_MATRICES: dict[tuple[int, torch.device], Tensor] = {}  # a dict, since Dynamo sees through functools.cache
+
+
+def _matrix(size: int, device: torch.device) -> Tensor:
+    if (size, device) not in _MATRICES:
+        matrix = torch.ones(1, 1, device=device)
+        while len(matrix) < size:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        _MATRICES[size, device] = matrix / math.sqrt(size)
+    return _MATRICES[size, device]

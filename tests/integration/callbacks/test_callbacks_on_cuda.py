@@ -1,8 +1,14 @@
 """On a CUDA device nothing waits for it between drains, and step times are the device's own."""
 
+import warnings
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from ryzen_callbacks import AnomalyDetector, OptimizationValidator, TrainingMetricsCollector
 from ryzen_callbacks.step_recorder import StepRecorder
+from tiny_run import Tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,3 +48,34 @@ def test_recording_never_synchronises_and_a_steps_time_is_that_of_its_kernels() 
     expected = start.elapsed_time(end) / 1000
     times = sorted(s.values["step_time_s"] for s in steps[1:])
     assert times[1] == pytest.approx(expected, rel=0.5)
+
+
+def test_in_a_trainer_the_three_callbacks_synchronise_once_a_drain_and_never_between(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's own count: its debug mode warns of every operation that makes the host wait."""
+    callbacks = [TrainingMetricsCollector(), AnomalyDetector(), OptimizationValidator()]
+    module = Tiny()
+    waited_at: list[int] = []
+
+    def watched(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    return hook(*args, **kwargs)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                    waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+                    waited_at.extend(module.trainer.global_step for _ in waits)
+
+        return run
+
+    for callback in callbacks:
+        for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
+            monkeypatch.setattr(callback, name, watched(getattr(callback, name)))
+    make_trainer(callbacks=callbacks, max_epochs=1, log_every_n_steps=4, accelerator="gpu").fit(
+        module, make_loader()
+    )
+    assert waited_at == [4, 8, 12, 16]

@@ -1,4 +1,4 @@
-"""A run over two processes, started by test_callbacks_two_processes.py; each rank writes what it saw."""
+"""Runs over two processes, started by test_callbacks_two_processes.py; each rank writes what it saw."""
 
 import json
 import sys
@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from ryzen_callbacks import AnomalyDetector, Claim, OptimizationValidator, TrainingMetricsCollector
 from tiny_run import Tiny, dataset
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 
@@ -20,16 +23,47 @@ class FaultOnOneRank(Tiny):
         return loss * float("nan") if self.global_step == 10 and self.global_rank == 1 else loss
 
 
-def main(folder: Path) -> None:
+class WorseOnOneRank(Tiny):
+    """From the third epoch on the second rank's validation accuracy is lower; nothing is synchronised."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        worse = self.current_epoch > 1 and self.global_rank == 1
+        self.log("val_accuracy", 0.5 if worse else 0.9, sync_dist=False)
+
+
+class Sharded(FaultOnOneRank):
+    """Its weights, gradients and optimizer states are shared out over the ranks (FSDP2)."""
+
+    def configure_model(self) -> None:
+        for layer in (self.layers[0], self.layers[2]):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self, mesh=self.device_mesh["data_parallel"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Not Tiny's: it would look at this rank's part only."""
+
+
+RUNS: dict[str, Any] = {
+    "sharded": lambda: (Sharded(), {"non_finite": "rollback"}),
+    "stop": lambda: (FaultOnOneRank(), {"non_finite": "stop"}),
+    "rollback": lambda: (FaultOnOneRank(), {"non_finite": "rollback"}),
+    "accuracy": lambda: (WorseOnOneRank(), {"accuracy_drop": "stop"}),
+}
+
+
+def main(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
-    module = FaultOnOneRank()
+    module, actions = RUNS[name]()
     claim = Claim(name="half", baseline=lambda: 2, optimized=lambda: 1, measure="bytes", threshold=2.0)
-    detector = AnomalyDetector({"non_finite": "stop"})
+    strategy: Any = "ddp"
+    if name == "sharded":  # FSDPStrategy itself is for GPUs only
+        strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
+    detector = AnomalyDetector(actions, checkpoint_every_n_steps=3)
     collector = TrainingMetricsCollector(sample_every_n_steps=1)
     trainer = Trainer(
-        max_epochs=9,
+        max_epochs=5,
         accelerator="cpu",
-        strategy="ddp",
+        strategy=strategy,
         devices=2,
         log_every_n_steps=3,
         default_root_dir=folder,
@@ -44,10 +78,14 @@ def main(folder: Path) -> None:
     seen = {
         "losses": module.batch_losses,
         "steps": trainer.global_step,
-        "anomalies": [(a.step, a.kind) for a in detector.anomalies],
+        "anomalies": [(a.step, a.kind, a.value) for a in detector.anomalies],
+        "rollbacks": detector.rollbacks,
+        "weights": [
+            (p.full_tensor() if isinstance(p, DTensor) else p).sum().item() for p in module.parameters()
+        ],
     }
     (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

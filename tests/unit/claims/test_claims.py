@@ -44,12 +44,13 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "kernel_performance",
         "embedding_compression",
         "kv_cache",
+        "kv_cache_quality",
         "speculative_decoding",
         "end_to_end",
         "end_to_end_vs_strong",
         "numerical_correctness",
     ]
-    assert "not built yet" in claims["kv_cache"].not_measured_because
+    assert "not built yet" in claims["kernel_performance"].not_measured_because
     assert "enable_speculative_decoding" in claims["speculative_decoding"].not_measured_because
     assert claims["kv_cache"].threshold == 0.25
 
@@ -67,6 +68,32 @@ def test_measuring_leaves_the_model_as_it_was(context: ClaimContext) -> None:
     for name, tensor in context.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in context.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["int8", "k8v4"])
+def test_the_cache_is_measured_on_validation_text(context: ClaimContext, kind: str) -> None:
+    """With a head_dim of 16, a key or value is 32 bytes in bf16, 18 in int8 and 12 in int4; at 40 tokens."""
+    context = dataclasses.replace(context, enabled=Optimizations(kv_cache=kind))
+    claims = [claim for claim in build_claims(context) if claim.name.startswith("kv_cache")]
+    memory, quality = OptimizationValidator(claims).validate().results
+    assert memory.status == "PASS"
+    assert memory.baseline is not None
+    assert memory.baseline.value == 2 * 2 * 32 * 40
+    assert memory.measured == pytest.approx(1 - {"int8": 18, "k8v4": 15}[kind] / 32)
+    assert quality.status == "PASS"
+    assert quality.measured
+    assert abs(quality.measured) < 0.01
+
+
+def test_an_unknown_cache_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="unknown cache 'int2'"):
+        Optimizations(kv_cache="int2")
+
+
+def test_a_cache_that_is_switched_off_is_not_measured(context: ClaimContext) -> None:
+    context = dataclasses.replace(context, enabled=Optimizations(enable_kv_cache_optimization=False))
+    claims = [claim for claim in build_claims(context) if claim.name.startswith("kv_cache")]
+    assert all("enable_kv_cache_optimization" in claim.not_measured_because for claim in claims)
 
 
 def test_bf16_moves_the_loss_a_little(context: ClaimContext) -> None:

@@ -1,6 +1,7 @@
 """The decoding loop gives what stepwise scoring without a cache gives, and what transformers generates."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -189,20 +190,35 @@ def test_hardware_without_bf16_decodes_in_fp32_and_says_so(
     assert torch.equal(fallback.generate(prompts).ids, generator.generate(prompts).ids)
 
 
-def test_a_compiled_step_gives_the_same_ids(
-    model: Transformer, generator: Generator, prompts: torch.Tensor
-) -> None:
-    compiled = Generator(model, weights="fp32", compile=True)
-    expected = generator.generate(prompts, max_new_tokens=20)
-    assert torch.equal(compiled.generate(prompts, max_new_tokens=20).ids, expected.ids)
+@pytest.mark.parametrize("cache", ["dense", "int8", "int4-sinks"])
+def test_a_compiled_step_gives_the_same_ids(model: Transformer, prompts: torch.Tensor, cache: str) -> None:
+    """Beyond 128 tokens, so that the buffers grow in between."""
+    longer = prompts[:, :1].expand(-1, 110)
+    compiled, plain = (Generator(model, weights="fp32", cache=cache, compile=c) for c in (True, False))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    expected = plain.generate(longer, max_new_tokens=18)
+    assert torch.equal(compiled.generate(longer, max_new_tokens=18).ids, expected.ids)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_logits_that_are_not_finite_are_refused(model: Transformer, prompts: torch.Tensor) -> None:
+    broken = deepcopy(model)
+    broken.norm.weight.data[3] = float("nan")
+    with pytest.raises(InputError, match="logits are not finite"):
+        Generator(broken, weights="fp32").generate(prompts, max_new_tokens=2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"cache": "int2"}, "unknown cache 'int2': choose one of dense"),
+        ({"cache": ["int8", "int2"]}, "unknown cache 'int2': choose one of dense"),
         ({"drafter": "suffix"}, "unknown drafter 'suffix': none is built yet"),
-        ({"weights": "int4"}, "unknown weights 'int4': choose one of bf16, fp32"),
+        ({"weights": "int2"}, "unknown weights 'int2': choose one of bf16, fp32, int8, int4"),
+        (
+            {"weights": "int4"},
+            "qkv_proj has in_features = 48, expected a multiple of 32: choose int8",
+        ),
     ],
 )
 def test_unknown_choices_are_named(model: Transformer, arguments: dict[str, Any], message: str) -> None:

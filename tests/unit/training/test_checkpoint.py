@@ -86,7 +86,7 @@ def test_no_checkpoint_is_none_and_an_error_to_load(checkpoint: Checkpoint, tmp_
     empty.mkdir()
     assert newest_checkpoint(empty) is None
     assert newest_checkpoint(tmp_path / "missing") is None
-    with pytest.raises(InputError, match="holds no checkpoint"):
+    with pytest.raises(InputError, match="holds no model"):
         load_pretrained(empty)
 
 

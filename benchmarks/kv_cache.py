@@ -1,0 +1,381 @@
+"""What each key-value cache costs and saves: bytes, perplexity and decoding speed, beside peers."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import importlib.util
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from ryzen_callbacks import describe_environment, write_json
+from torch import Tensor
+
+from benchmarks.side_by_side import peak_memory, speedup, time_arms
+from ryzen_llm.cache import KVCache, LayerFormat, build_cache
+from ryzen_llm.data import Tokenizer
+from ryzen_llm.decoding import Generator, KVCacheOptimizer
+from ryzen_llm.errors import InputError
+from ryzen_llm.interop import export_pretrained, load_pretrained
+from ryzen_llm.model import Transformer
+
+PARTS = ("memory", "quality", "speed")
+KINDS = ("dense", "int8", "k8v4", "int4", "int4-sinks")
+Kinds = str | Sequence[str | LayerFormat]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the parts asked for; print tables, write JSON and a plot."""
+    parser = argparse.ArgumentParser(prog="benchmark.py kv_cache", description=__doc__)
+    parser.add_argument("--model", required=True, help="what load_pretrained takes, e.g. a GGUF file")
+    parser.add_argument("--text", type=Path, required=True, help="real text for perplexity and calibration")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192], help="for memory")
+    parser.add_argument("--context", type=int, default=2048, help="tokens a window of text")
+    parser.add_argument("--windows", type=int, default=8, help="windows of text scored (default: 8)")
+    parser.add_argument("--savings", type=float, nargs="*", default=[0.65, 0.7, 0.71], help="to optimise for")
+    parser.add_argument("--decode-lengths", type=int, nargs="+", default=[128, 1024, 4096])
+    parser.add_argument("--weights", default="int4", help="of the timed arms (default: int4)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens timed at a time")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="caches to measure")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="peers to time")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kv_cache.json"))
+    options = parser.parse_args(arguments)
+    if not options.text.is_file():
+        raise InputError(f"--text {options.text}: no such file")
+    console = Console()
+    model, tokenizer = load_pretrained(options.model)
+    ids = torch.tensor(tokenizer.encode(options.text.read_text(encoding="utf-8")))
+    needed = (options.windows + 1) * options.context
+    if len(ids) < needed:
+        raise InputError(f"--text has {len(ids)} tokens, expected {needed}: give more text or fewer windows")
+    found: dict[str, Any] = {"benchmark": "kv_cache", "model": Path(options.model).name}
+    if "memory" in options.parts:
+        found["memory"] = memory(model, ids, options, console)
+    if "quality" in options.parts:
+        found["quality"] = quality(model, ids, options, console)
+    if "speed" in options.parts:
+        found["speed"] = speed(model, tokenizer, ids, options, console)
+    found["settings"] = {key: str(value) for key, value in vars(options).items()}
+    found["environment"] = describe_environment()
+    write_json(options.out, found)
+    console.print(f"written: {options.out}")
+    plot(found, options.out.with_suffix(".png"), console)
+
+
+@torch.inference_mode()
+def memory(
+    model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Bytes of a cache after so many tokens, and at the peak while its buffers grew up to there."""
+    rows: list[dict[str, Any]] = []
+    table = Table(title="bytes allocated, saved against bf16")
+    for heading in ("cache", *map(str, options.lengths)):
+        table.add_column(heading, justify="right")
+    dense: dict[int, int] = {}
+    for kind in options.kinds:
+        cells = []
+        for length in options.lengths:
+            peak = peak_memory(functools.partial(_fill, model, kind, length), torch.device("cpu"))
+            final = _fill(model, kind, length).bytes_allocated
+            dense.setdefault(length, final)
+            saved = 1 - final / dense[length]
+            rows.append({"cache": kind, "length": length, "bytes": final, "peak_bytes": peak, "saved": saved})
+            cells.append(f"{final / 2**20:.2f} MiB ({saved:.1%})")
+        table.add_row(kind, *cells)
+    console.print(table)
+    return rows
+
+
+@torch.inference_mode()
+def quality(
+    model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Perplexity, divergence and agreement with the dense cache; calibrated on the end of the text, which is
+    not scored.
+    """
+    context = options.context
+    model = Generator(model).model  # in bf16, where the hardware has it
+    windows = ids[: options.windows * context].view(-1, context)
+    arms: list[tuple[str, Kinds, float | None]] = [(kind, kind, None) for kind in options.kinds]
+    if options.savings:
+        with console.status("measuring each layer in each format"):
+            optimizer = KVCacheOptimizer(model, ids[-context // 2 :][None])
+            choices = [optimizer.choose(saving=saving) for saving in options.savings]
+        count = model.config.num_layers
+        arms.append(("int4-sinks, calibrated", optimizer.formats(["int4-sinks"] * count), None))
+        arms += [(f"optimised {c.saving:.1%}", c.formats, c.saving) for c in choices]
+    losses: dict[str, list[float]] = {name: [] for name, _, _ in arms}
+    divergences: dict[str, list[float]] = {name: [] for name, _, _ in arms}
+    agreements: dict[str, list[float]] = {name: [] for name, _, _ in arms}
+    for index, window in enumerate(windows):
+        with console.status(f"window {index + 1} of {len(windows)}"):
+            reference = torch.empty(0)
+            for name, kinds, _ in arms:
+                cache = _cache(model, kinds, context)
+                logits = model(window[None], cache)[0].float().log_softmax(-1)
+                reference = logits if name == arms[0][0] else reference
+                losses[name].append(float(F.nll_loss(logits[:-1], window[1:])))
+                divergences[name].append(
+                    float(F.kl_div(logits, reference, log_target=True, reduction="batchmean"))
+                )
+                agreements[name].append(float((logits.argmax(-1) == reference.argmax(-1)).float().mean()))
+    table = Table(title=f"{len(windows)} windows of {context} tokens, against the dense cache")
+    for heading in ("cache", "saved", "perplexity", "change", "KL (nats)", "top-1"):
+        table.add_column(heading, justify="right")
+    rows = []
+    full = _cache(model, arms[0][1], context)
+    full.reserve(context)
+    for name, kinds, _ in arms:
+        cache = _cache(model, kinds, context)
+        cache.reserve(context)
+        loss = statistics.fmean(losses[name])
+        row = {
+            "cache": name,
+            "saved": 1 - cache.bytes_allocated / full.bytes_allocated,
+            "perplexity": math.exp(loss),
+            "perplexity_increase": math.exp(loss - statistics.fmean(losses[arms[0][0]])) - 1,
+            "kl": statistics.fmean(divergences[name]),
+            "top1_agreement": statistics.fmean(agreements[name]),
+            "losses": losses[name],
+        }
+        rows.append(row)
+        table.add_row(
+            name,
+            f"{row['saved']:.1%}",
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity_increase']:+.2%}",
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.1%}",
+        )
+    console.print(table)
+    return rows
+
+
+Arm = Callable[[Tensor], tuple[float, float]]
+"""A prompt (time,) -> seconds to the first token, and seconds a token from there."""
+
+PEERS = ("transformers", "static", "quanto", "hqq", "llama.cpp", "llama.cpp q8_0", "llama.cpp q4_0")
+
+
+def speed(
+    model: Transformer, tokenizer: Tokenizer, ids: Tensor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Prefill and decoding tokens/s, all arms in interleaved rounds."""
+    prompts = {length: ids[:length] for length in options.decode_lengths}
+    arms: dict[str, Arm] = {}
+    absent: dict[str, str] = {}
+    for kind in options.kinds:
+        generator = Generator(model, cache=kind, weights=options.weights, compile=True)
+        arms[f"ours {kind}"] = _ours(generator, options.new_tokens)
+    for peer in options.peers:
+        try:
+            arms[peer] = _peer(peer, model, tokenizer, options)
+        except (ImportError, InputError) as error:
+            absent[peer] = str(error)
+    rows = []
+    for length, prompt in prompts.items():
+        if length + options.new_tokens > model.config.max_position_embeddings:
+            continue
+        prefill, decode = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+        timed = functools.partial(_time, arms, prompt, prefill, decode)
+        for name in arms:
+            with console.status(f"{name} at {length}: compiling and warming up"):
+                try:
+                    timed(name)
+                except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+                    absent[name] = f"at {length}: {' '.join(str(error).split())[:200]}"
+        prefill.clear()
+        decode.clear()
+        running = {name: functools.partial(timed, name) for name in arms if name not in absent}
+        time_arms(running, options.rounds)
+        base = "ours dense" if "ours dense" in running else next(iter(running))
+        table = Table(title=f"{length} tokens of prompt, {options.new_tokens} new, {options.weights} weights")
+        for heading in ("arm", "prefill tokens/s", "decode tokens/s", f"speed-up over {base}"):
+            table.add_column(heading, justify="right")
+        for name in running:
+            ratio = speedup(decode, base, name)
+            rows.append(
+                {
+                    "arm": name,
+                    "length": length,
+                    "prefill_tokens_per_second": length / statistics.median(prefill[name]),
+                    "decode_tokens_per_second": 1 / statistics.median(decode[name]),
+                    "decode_speedup_over": base,
+                    "decode_speedup": vars(ratio),
+                    "seconds_per_token": decode[name],
+                }
+            )
+            table.add_row(
+                name,
+                f"{rows[-1]['prefill_tokens_per_second']:.0f}",
+                f"{rows[-1]['decode_tokens_per_second']:.1f}",
+                str(ratio),
+            )
+        console.print(table)
+    for name, why in absent.items():
+        console.print(f"not measured: {name} ({why})")
+        rows.append({"arm": name, "length": None, "not_measured": why})
+    return rows
+
+
+def _time(
+    arms: Mapping[str, Arm],
+    prompt: Tensor,
+    prefill: Mapping[str, list[float]],
+    decode: Mapping[str, list[float]],
+    name: str,
+) -> None:
+    first, rest = arms[name](prompt)
+    prefill[name].append(first)
+    decode[name].append(rest)
+
+
+def _ours(generator: Generator, new_tokens: int) -> Arm:
+    def run(prompt: Tensor) -> tuple[float, float]:
+        out = generator.generate(prompt, max_new_tokens=new_tokens + 1)
+        assert out.tokens_per_second is not None
+        return out.time_to_first_token_s, 1 / out.tokens_per_second
+
+    return run
+
+
+def _peer(name: str, model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace) -> Arm:
+    if name.startswith("llama.cpp"):
+        return _llama_cpp(name, options)
+    return _transformers(name, model, tokenizer, options)
+
+
+def _llama_cpp(name: str, options: argparse.Namespace) -> Arm:
+    if not str(options.model).endswith(".gguf"):
+        raise InputError("reads GGUF files only")
+    import llama_cpp
+
+    kind = {"q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}.get(name.partition(" ")[2])
+    threads = torch.get_num_threads()
+    engine = llama_cpp.Llama(
+        model_path=options.model,
+        verbose=False,
+        n_ctx=max(options.decode_lengths) + options.new_tokens + 8,
+        n_batch=512,
+        n_threads=threads,
+        n_threads_batch=threads,
+        type_k=kind,
+        type_v=kind,
+        flash_attn=kind is not None,
+    )
+
+    def run(prompt: Tensor) -> tuple[float, float]:
+        started = time.perf_counter()
+        tokens = engine.generate(prompt.tolist(), temp=0.0, reset=True)
+        next(tokens)
+        first = time.perf_counter()
+        for _ in range(options.new_tokens):
+            next(tokens)
+        return first - started, (time.perf_counter() - first) / options.new_tokens
+
+    return run
+
+
+def _transformers(name: str, model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace) -> Arm:
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("not installed: pip install transformers")
+    import tempfile
+
+    import transformers
+
+    with tempfile.TemporaryDirectory() as directory:
+        export_pretrained(model, tokenizer, directory)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    settings: dict[str, Any] = {"static": {"cache_implementation": "static"}}.get(name, {})
+    if name in ("quanto", "hqq"):
+        nbits = 4 if name == "quanto" else 8
+        settings = {
+            "cache_implementation": "quantized",
+            "cache_config": {"backend": name, "nbits": nbits},
+        }
+
+    class Clock:
+        """Notes when each token came."""
+
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def put(self, _: Tensor) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def run(prompt: Tensor) -> tuple[float, float]:
+        clock = Clock()
+        started = time.perf_counter()
+        peer.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            do_sample=False,
+            min_new_tokens=options.new_tokens + 1,
+            max_new_tokens=options.new_tokens + 1,
+            streamer=clock,
+            **settings,
+        )
+        _, first, *rest = clock.times  # the streamer gets the prompt first
+        return first - started, (rest[-1] - first) / len(rest)
+
+    gc.collect()
+    return run
+
+
+def plot(found: dict[str, Any], path: Path, console: Console) -> None:
+    """Memory against length, and perplexity against memory saved."""
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no plot: pip install matplotlib")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for kind in dict.fromkeys(row["cache"] for row in found.get("memory", [])):
+        rows = [row for row in found["memory"] if row["cache"] == kind]
+        left.plot([r["length"] for r in rows], [r["peak_bytes"] / 2**20 for r in rows], "o-", label=kind)
+    left.set(xlabel="tokens", ylabel="peak MiB allocated", xscale="log", yscale="log")
+    left.legend()
+    for row in found.get("quality", []):
+        right.plot(100 * row["saved"], 100 * row["perplexity_increase"], "o")
+        right.annotate(row["cache"], (100 * row["saved"], 100 * row["perplexity_increase"]), fontsize=7)
+    right.set(xlabel="% saved against bf16", ylabel="% perplexity increase")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    console.print(f"written: {path}")
+
+
+def _fill(model: Transformer, kind: str, length: int) -> KVCache:
+    """A cache that has grown to `length` tokens; their values do not matter here."""
+    cache = _cache(model, kind, length)
+    for start in range(0, length, 128):
+        cache.append(min(128, length - start))
+    return cache
+
+
+def _cache(model: Transformer, kinds: Kinds, length: int) -> KVCache:
+    return build_cache(
+        kinds,
+        model.config,
+        batch_size=1,
+        max_length=length,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )

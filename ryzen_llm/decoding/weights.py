@@ -1,0 +1,104 @@
+"""Linear layers with weights of 8 or 4 bits, for decoding, which reads every weight once a token."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import Transformer
+from ryzen_llm.model.embedding import DenseEmbedding
+
+GROUP = 32
+"""Input channels that share a scale and a zero point in 4 bits."""
+MOST_PACKED_ROWS = 64
+"""With more rows than that, int8 weights are cheaper to convert than to multiply as they are."""
+
+
+class Int8Linear(nn.Module):
+    """weight ≈ codes * scale, codes of 8 bits and one scale for each output, by `torch._weight_int8pack_mm`.
+
+    Raises InputError for a number of inputs that is no multiple of 16: the op would give wrong results.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        _require_multiple(name, linear, "in_features", 16, "int8")
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.codes = nn.Buffer(codes.contiguous())
+        self.scale = nn.Buffer(scale.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 -> (..., out_features) bf16."""
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu" and rows.shape[0] <= MOST_PACKED_ROWS:
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
+        else:
+            y = F.linear(rows, self.codes.to(x.dtype)) * self.scale
+        return _finish(y, self.bias, x)
+
+
+class Int4Linear(nn.Module):
+    """weight ≈ (codes - 8) * scale + zero for groups of 32 inputs, codes of 4 bits.
+
+    By torch's packed op for CPU. Raises InputError elsewhere, and for sizes that the op does not take.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        if linear.weight.device.type != "cpu":
+            raise InputError(f"weights int4 need a CPU, not {linear.weight.device.type}: choose int8 or bf16")
+        _require_multiple(name, linear, "in_features", GROUP, "int4")
+        _require_multiple(name, linear, "out_features", 16, "int4")
+        groups = linear.weight.detach().float().view(linear.out_features, -1, GROUP)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp(min=1e-6).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round() + 8
+        codes = codes.clamp(0, 15).to(torch.int32).view(linear.out_features, -1)
+        self.codes = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
+        self.scales_and_zeros = nn.Buffer(torch.stack((scale.T, zero.T), -1).contiguous())
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 -> (..., out_features) bf16."""
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, GROUP, self.scales_and_zeros)
+        return _finish(y, self.bias, x)
+
+
+KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantise_weights(model: Transformer, kind: str) -> None:
+    """Replace every linear layer of `model` in bf16, and its output head, by one with weights of `kind`.
+
+    A tied dense embedding stays as it is for looking up tokens; its quantised form is the head's. Raises
+    InputError where a layer's size does not suit the kind, naming the layer.
+    """
+    if model.head is None and isinstance(model.embedding, DenseEmbedding):
+        weight = model.embedding.weight
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        model.head = head
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, KINDS[kind](module, path))
+
+
+def _require_multiple(name: str, linear: nn.Linear, side: str, multiple: int, kind: str) -> None:
+    size = getattr(linear, side)
+    if size % multiple:
+        raise InputError(
+            f"weights {kind}: {name} has {side} = {size}, expected a multiple of {multiple}: choose "
+            f"{'int8 or ' if kind == 'int4' and not linear.in_features % 16 else ''}bf16 for this model"
+        )
+
+
+def _finish(y: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,89 @@
+"""Weights of 8 and 4 bits: what the packed ops give and refuse, and that a model still says the same."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ryzen_llm.decoding import Generator
+from ryzen_llm.decoding.weights import KINDS, MOST_PACKED_ROWS, Int4Linear, Int8Linear
+from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import supports_bf16
+from ryzen_llm.model import ModelConfig, Transformer
+
+needs_bf16 = pytest.mark.skipif(
+    not supports_bf16(torch.device("cpu")), reason="this CPU has no bf16 arithmetic"
+)
+
+
+def dequantised(layer: nn.Module, in_features: int) -> torch.Tensor:
+    """The weight that a layer stands for, by giving it one input at a time."""
+    return layer(torch.eye(in_features, dtype=torch.bfloat16)).float().T
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("int8", 254), ("int4", 15)])
+@pytest.mark.parametrize("rows", [1, 7, MOST_PACKED_ROWS + 1])
+def test_every_weight_is_off_by_half_a_step_at_most(kind: str, levels: int, rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 64, bias=False)
+    layer = KINDS[kind](linear, "layer")
+    groups = linear.weight.detach().view(64, 1 if kind == "int8" else 3, -1)
+    spread = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
+    step = (spread / levels)[..., None].expand_as(groups).reshape(64, 96)
+    weight = dequantised(layer, 96)
+    # bf16 scales, zeros and results: 8 bits of precision on top of half a step.
+    assert ((weight - linear.weight).abs() <= 0.5 * step + 0.012 * linear.weight.abs().max()).all()
+    x = torch.randn(rows, 96).bfloat16()
+    torch.testing.assert_close(layer(x).float(), x.float() @ weight.T, atol=0.02, rtol=0.02)
+
+
+def test_biases_are_added() -> None:
+    linear = nn.Linear(32, 16).bfloat16()
+    for kind in KINDS.values():
+        assert torch.equal(
+            kind(linear, "layer")(torch.zeros(2, 3, 32).bfloat16()), linear.bias.expand(2, 3, 16)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "message"),
+    [
+        (
+            Int8Linear,
+            (40, 16),
+            "weights int8: it has in_features = 40, expected a multiple of 16",
+        ),
+        (Int4Linear, (48, 16), "in_features = 48, expected a multiple of 32: choose int8 or bf16"),
+        (Int4Linear, (32, 40), "out_features = 40, expected a multiple of 16"),
+    ],
+)
+def test_sizes_that_the_ops_get_wrong_are_refused(kind: Any, sizes: tuple[int, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        kind(nn.Linear(*sizes), "it")
+
+
+@needs_bf16
+@pytest.mark.parametrize(("weights", "largest"), [("int8", 0.03), ("int4", 0.3)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_says_nearly_the_same(weights: str, largest: float, tied: bool) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=112,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=64,
+        tie_embeddings=tied,
+    )
+    model = Transformer(config)
+    quantised = Generator(model, weights=weights).model
+    ids = torch.randint(0, 112, (2, 50))
+    with torch.no_grad():
+        exact, got = model(ids), quantised(ids).float()
+    error = (got - exact).square().mean().sqrt() / exact.std()
+    assert 0.001 < error < largest
+    assert not any(isinstance(module, nn.Linear) for module in quantised.modules())
+    assert any(isinstance(module, nn.Linear) for module in model.modules()), "the model itself is left alone"
