@@ -97,9 +97,9 @@ class Generator:
         self.model: Transformer = copy.deepcopy(model, cast).eval()
         if weights in KINDS:
             quantise_weights(self.model, weights)
-        # The whole step is one graph: a graph a block would pay for Python and guards once a block. Asking for
-        # one is an error where the user has switched the compiler off.
+        # Asking for one graph is an error where the user has switched the compiler off.
         compile = compile and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+        # The whole step is one graph: a graph a block would pay for Python and guards once a block.
         self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
 
     @torch.inference_mode()
