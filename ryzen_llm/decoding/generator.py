@@ -98,7 +98,8 @@ class Generator:
         if weights in KINDS:
             quantise_weights(self.model, weights)
         # Asking for one graph is an error where the user has switched the compiler off.
-        compile = compile and os.environ.get("TORCHDYNAMO_DISABLE") != "1"
+        disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+        compile = compile and not disabled
         # The whole step is one graph: a graph a block would pay for Python and guards once a block.
         self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
 
