@@ -107,8 +107,8 @@ class Score:
             "false_alarms": self.false_alarms,
             "clean_steps": self.clean_steps,
             "recall": found / planted if planted else None,
-            "precision": found / alarms if alarms else None,
-            "f1": 2 * found / (alarms + planted) if alarms + planted else None,
+            "precision": found / alarms if alarms and planted else None,
+            "f1": 2 * found / (alarms + planted) if planted else None,
             "median_delay_steps": statistics.median(self.delays) if self.delays else None,
             "false_alarms_per_10000_steps": 1e4 * self.false_alarms / self.clean_steps
             if self.clean_steps

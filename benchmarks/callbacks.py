@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> None:
         title=f"{options.steps} steps of a batch of {batch} on {torch.get_num_threads()} thread",
         box=box.SIMPLE,
     )
-    for heading in ("callbacks", "ms a step", "time against none", "us a step more"):
+    for heading in ("callbacks", "ms a step", "times none", "us more"):
         table.add_column(heading, justify="left" if heading == "callbacks" else "right", no_wrap=True)
     rows = []
     for name, seconds in times.items():

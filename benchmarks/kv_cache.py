@@ -108,21 +108,20 @@ def quality(
     context = options.context
     model = Generator(model).model  # in bf16, where the hardware has it
     windows = ids[: options.windows * context].view(-1, context)
-    arms: list[tuple[str, Kinds, float | None]] = [(kind, kind, None) for kind in options.kinds]
-    if options.savings:
-        with console.status("measuring each layer in each format"):
-            optimizer = KVCacheOptimizer(model, ids[-context // 2 :][None])
-            choices = [optimizer.choose(saving=saving) for saving in options.savings]
-        count = model.config.num_layers
-        arms.append(("int4-sinks, calibrated", optimizer.formats(["int4-sinks"] * count), None))
-        arms += [(f"optimised {c.saving:.1%}", c.formats, c.saving) for c in choices]
-    losses: dict[str, list[float]] = {name: [] for name, _, _ in arms}
-    divergences: dict[str, list[float]] = {name: [] for name, _, _ in arms}
-    agreements: dict[str, list[float]] = {name: [] for name, _, _ in arms}
+    arms: list[tuple[str, Kinds]] = [(kind, kind) for kind in options.kinds]
+    with console.status("measuring each layer in each format"):
+        optimizer = KVCacheOptimizer(model, ids[-context // 2 :][None])
+        choices = [optimizer.choose(saving=saving) for saving in options.savings]
+    calibrated = optimizer.formats(["int4-sinks"] * model.config.num_layers)
+    arms.append(("int4-sinks, calibrated", calibrated))
+    arms += [(f"optimised {choice.saving:.1%}", choice.formats) for choice in choices]
+    losses: dict[str, list[float]] = {name: [] for name, _ in arms}
+    divergences: dict[str, list[float]] = {name: [] for name, _ in arms}
+    agreements: dict[str, list[float]] = {name: [] for name, _ in arms}
     for index, window in enumerate(windows):
         with console.status(f"window {index + 1} of {len(windows)}"):
             reference = torch.empty(0)
-            for name, kinds, _ in arms:
+            for name, kinds in arms:
                 cache = _cache(model, kinds, context)
                 logits = model(window[None], cache)[0].float().log_softmax(-1)
                 reference = logits if name == arms[0][0] else reference
@@ -137,7 +136,7 @@ def quality(
     rows = []
     full = _cache(model, arms[0][1], context)
     full.reserve(context)
-    for name, kinds, _ in arms:
+    for name, kinds in arms:
         cache = _cache(model, kinds, context)
         cache.reserve(context)
         loss = statistics.fmean(losses[name])

@@ -1,73 +1,176 @@
-"""Generate text with a trained model."""
+"""Generate text with a model: continue prompts, or hold a conversation."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ryzen_llm.data import StreamDecoder
-from ryzen_llm.decoding import Generator
+from ryzen_llm.data import StreamDecoder, Tokenizer
+from ryzen_llm.decoding import Generation, Generator
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import load_pretrained
+from ryzen_llm.interop import load_pretrained, render_chat
 from ryzen_llm.pipeline import exit_with
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 bad input."""
+    """Exit status: 0 done, 2 bad input, 130 Ctrl-C."""
     parser = argparse.ArgumentParser(prog="generate.py", description=__doc__)
-    parser.add_argument("--model", required=True, help="a checkpoint, or the output directory of train.py")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a checkpoint, the output directory of train.py, a Hugging Face directory or a GGUF file",
+    )
+    parser.add_argument("--prompt", action="append", help="a text to continue; may be given several times")
+    parser.add_argument("--prompt-file", help="a file with a prompt a line; - reads them from stdin")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="take prompts for what a user says, in the model's chat template; without any, converse here",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens that hold this probability")
     parser.add_argument("--seed", type=int, help="makes the text repeatable")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    parser.add_argument(
+        "--json", action="store_true", help="print an object, or a list of them for several prompts"
+    )
     options = parser.parse_args(arguments)
     try:
+        prompts = _prompts(options)
         model, tokenizer = load_pretrained(options.model)
-        prompt = tokenizer.encode(options.prompt)
-        if not prompt:
-            raise InputError("--prompt is empty, expected the beginning of a text")
-        decoder = StreamDecoder(tokenizer)
-
-        def stream(ids: list[int]) -> None:
-            print(decoder.push(ids), end="", flush=True)
-
-        if not options.json:
-            print(options.prompt, end="", flush=True)
-        out = Generator(model).generate(
-            torch.tensor(prompt),
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            stop_tokens=(tokenizer.end_of_text_id,),
-            on_token=None if options.json else stream,
-        )
+        generator = Generator(model)
+        if not prompts:
+            converse(generator, tokenizer, options)
+        elif options.json or len(prompts) > 1:
+            answers = answer_all(generator, tokenizer, prompts, options)
+            if options.json:
+                print(json.dumps(answers if len(answers) > 1 else answers[0]))
+            else:
+                print("\n\n".join(answer["prompt"] + answer["text"] for answer in answers))
+        else:
+            ids = _encode(tokenizer, prompts[0], options.chat)
+            if not options.chat:
+                print(prompts[0], end="", flush=True)
+            _stream(generator, tokenizer, ids, options)
     except InputError as error:
         return exit_with(error)
-    if options.json:
-        new_ids = out.new_ids[0].tolist()
-        print(
-            json.dumps(
-                {
-                    "prompt": options.prompt,
-                    "text": tokenizer.decode(new_ids),
-                    "ids": new_ids,
-                    "tokens_per_second": out.tokens_per_second,
-                    "time_to_first_token_s": out.time_to_first_token_s,
-                    "stop_reason": out.stop_reason,
-                }
-            )
-        )
-    else:
-        print(decoder.finish())
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
+
+
+def answer_all(
+    generator: Generator, tokenizer: Tokenizer, prompts: list[str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A dictionary for each prompt, in their order.
+
+    Greedy prompts of the same number of tokens are decoded together, without padding; what is drawn at random
+    is drawn for each prompt by itself. So every prompt has the text that it would have alone.
+    """
+    encoded = [_encode(tokenizer, prompt, options.chat) for prompt in prompts]
+    batches: dict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(encoded):
+        batches[len(ids) if options.temperature == 0 else -index].append(index)
+    answers: dict[int, dict[str, Any]] = {}
+    for indices in batches.values():
+        out = _generate(generator, tokenizer, [encoded[index] for index in indices], options)
+        for index, row in zip(indices, out.new_ids.tolist(), strict=True):
+            end = next((i + 1 for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
+            new_ids = row[:end]
+            answers[index] = {
+                "prompt": prompts[index],
+                "text": tokenizer.decode(new_ids),
+                "ids": new_ids,
+                "tokens_per_second": out.tokens_per_second,
+                "time_to_first_token_s": out.time_to_first_token_s,
+                "stop_reason": "length" if end is None else "stop",
+            }
+    return [answers[index] for index in range(len(prompts))]
+
+
+def converse(generator: Generator, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    """Take turns with the user until the end of input, the whole conversation before the model each time."""
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if said:
+            messages.append({"role": "user", "content": said})
+            ids = tokenizer.encode_rendered(render_chat(tokenizer, messages))
+            messages.append({"role": "assistant", "content": _stream(generator, tokenizer, ids, options)})
+
+
+def _stream(generator: Generator, tokenizer: Tokenizer, ids: list[int], options: argparse.Namespace) -> str:
+    """Print the text as it comes, without the token that ends a turn; returns it."""
+    decoder = StreamDecoder(tokenizer)
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+
+    def push(new: list[int]) -> None:
+        if not options.chat or new[0] not in tokenizer.stop_ids:
+            show(decoder.push(new))
+
+    _generate(generator, tokenizer, [ids], options, push)
+    show(decoder.finish())
+    print()
+    return "".join(pieces)
+
+
+def _generate(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    batch: list[list[int]],
+    options: argparse.Namespace,
+    on_token: Any = None,
+) -> Generation:
+    return generator.generate(
+        torch.tensor(batch),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop_tokens=tokenizer.stop_ids,
+        on_token=on_token,
+    )
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        return tokenizer.encode_rendered(render_chat(tokenizer, [{"role": "user", "content": prompt}]))
+    return tokenizer.encode_prompt(prompt)
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts: list[str] = list(options.prompt or [])
+    if options.prompt_file:
+        try:
+            from_stdin = options.prompt_file == "-"
+            text = sys.stdin.read() if from_stdin else Path(options.prompt_file).read_text(encoding="utf-8")
+            prompts += [line for line in text.splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompt-file {options.prompt_file}: cannot be read ({error})") from error
+    if "" in prompts:
+        raise InputError("--prompt is empty, expected the beginning of a text")
+    if not prompts and (options.prompt_file or not options.chat):
+        raise InputError("there is no prompt; give --prompt, --prompt-file or --chat")
+    if not prompts and options.json:
+        raise InputError("--json needs a --prompt or --prompt-file")
+    return prompts
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The decoding loop."""
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -96,6 +97,9 @@ class Generator:
         self.model: Transformer = copy.deepcopy(model, cast).eval()
         if weights in KINDS:
             quantise_weights(self.model, weights)
+        # Asking for one graph is an error where the user has switched the compiler off.
+        disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
+        compile = compile and not disabled
         # The whole step is one graph: a graph a block would pay for Python and guards once a block.
         self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
 

@@ -125,6 +125,8 @@ def expected_status(result: dict[str, Any]) -> str:
         sound = control["ci_low"] <= 1 <= control["ci_high"]
         quiet = control["ci_high"] / control["ci_low"] <= 1.5  # OptimizationValidator's control_limit
         return status if (sound and quiet) or status != "PASS" else "WARNING"
+    if result["metric"] == "saving":
+        return "PASS" if low >= threshold * (1 - tolerance) else "FAIL"
     line = threshold * (1 + tolerance)
     return "PASS" if high <= line else "FAIL" if low > line else "WARNING"
 
@@ -132,7 +134,9 @@ def expected_status(result: dict[str, Any]) -> str:
 def test_verdicts_follow_from_their_samples(finished: Path) -> None:
     results = report(finished, "validation_report")["results"]
     measured = [result for result in results if result["status"] != "NOT_MEASURED"]
-    assert {"end_to_end", "end_to_end_vs_strong", "numerical_correctness"} <= {r["name"] for r in measured}
+    assert {"end_to_end", "end_to_end_vs_strong", "numerical_correctness", "kv_cache"} <= {
+        r["name"] for r in measured
+    }
     for result in measured:
         samples = result["samples"]
         pairs = list(zip(samples["baseline"], samples["optimized"], strict=True))
@@ -151,6 +155,10 @@ def test_verdicts_follow_from_their_samples(finished: Path) -> None:
             assert (result["control"]["ci_low"], result["control"]["ci_high"]) == pytest.approx(
                 tuple(control), rel=1e-9
             )
+            centre = statistics.median
+        elif result["metric"] == "saving":
+            ((baseline, optimized),) = pairs
+            expected = (1 - optimized / baseline,) * 3
             centre = statistics.median
         else:
             mean = statistics.fmean(samples["baseline"])

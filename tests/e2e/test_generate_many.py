@@ -1,0 +1,150 @@
+"""scripts/generate.py with several prompts, with a chat template, from files; scripts/export.py after it."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import load_script
+
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "interop"))
+from random_models import save
+
+from ryzen_llm.decoding import Generator
+from ryzen_llm.interop import load_pretrained
+
+PROMPTS = ["the cat", "the dog ran and sat", "def main():", "the mat", "a", "on the mat the cat and the dog"]
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save("llama", path)
+    return path
+
+
+@pytest.fixture
+def run(directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """What the script prints, in this process and in fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    main = load_script("generate").main
+
+    def printed(*options: str, status: int = 0) -> str:
+        assert main(["--model", str(directory), "--max-new-tokens=12", *options]) == status
+        captured = capsys.readouterr()
+        return captured.err if status else captured.out
+
+    return printed
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The ids of every call of `Generator.generate`."""
+    seen: list[torch.Tensor] = []
+    generate = Generator.generate
+
+    def spy(self: Generator, ids: torch.Tensor, **settings: Any) -> Any:
+        seen.append(ids)
+        return generate(self, ids, **settings)
+
+    monkeypatch.setattr(Generator, "generate", spy)
+    return seen
+
+
+def prompts(*texts: str) -> list[str]:
+    return [f"--prompt={text}" for text in texts]
+
+
+@pytest.mark.filterwarnings("ignore:.*no bf16")
+@pytest.mark.parametrize("options", [["--temperature=0"], ["--temperature=1", "--seed=5"]])
+def test_prompts_of_different_lengths_give_the_texts_that_they_give_alone(
+    run: Run, options: list[str]
+) -> None:
+    together: list[dict[str, Any]] = json.loads(run(*prompts(*PROMPTS), "--json", *options))
+    assert [answer["prompt"] for answer in together] == PROMPTS
+    assert len({answer["text"] for answer in together}) == len(PROMPTS)
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        alone = json.loads(run(*prompts(prompt), "--json", *options))
+        assert (answer["ids"], answer["text"]) == (alone["ids"], alone["text"])
+        assert answer["stop_reason"] == alone["stop_reason"]
+        assert answer["time_to_first_token_s"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*no bf16")
+def test_greedy_prompts_of_a_length_are_decoded_together(run: Run, given: list[torch.Tensor]) -> None:
+    run(*prompts("the cat", "the mat", "the dog ran"), "--json", "--temperature=0")
+    assert sorted(ids.shape[0] for ids in given) == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:.*no bf16")
+def test_prompts_come_from_a_file_or_from_stdin(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("the cat\n\nthe dog ran\n")
+    options = ["--json", "--temperature=0"]
+    from_file = json.loads(run(f"--prompt-file={tmp_path / 'prompts.txt'}", *options))
+    assert [answer["prompt"] for answer in from_file] == ["the cat", "the dog ran"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe dog ran\n"))
+    from_stdin = json.loads(run("--prompt-file=-", *options))
+    assert [answer["ids"] for answer in from_stdin] == [answer["ids"] for answer in from_file]
+    shown = run(f"--prompt-file={tmp_path / 'prompts.txt'}", "--temperature=0")
+    assert shown == "\n\n".join(answer["prompt"] + answer["text"] for answer in from_file) + "\n"
+
+
+@pytest.mark.filterwarnings("ignore:.*no bf16")
+def test_a_conversation_goes_through_the_template_and_remembers(
+    run: Run, directory: Path, given: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tokenizer = load_pretrained(directory)
+    said = iter(["the cat", "the dog"])
+
+    def answer(_: str) -> str:
+        try:
+            return next(said)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    shown = run("--chat", "--temperature=0")
+    seen = [ids[0].tolist() for ids in given]
+    first = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(seen[0]) == first
+    assert seen[0] == tokenizer.encode_rendered(first)
+    reply = shown.split("\n")[0]
+    assert tokenizer.decode(seen[1]).startswith(first + reply[:5])
+    assert tokenizer.decode(seen[1]).endswith("<|im_start|>user\nthe dog<|im_end|>\n<|im_start|>assistant\n")
+    asked = json.loads(run("--chat", "--prompt=the cat", "--json", "--temperature=0"))
+    assert given[2][0].tolist() == seen[0]
+    assert asked["text"].startswith(reply[:5])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is no prompt; give --prompt"),
+        (["--prompt="], "--prompt is empty"),
+        (["--prompt-file=/nowhere"], "/nowhere: cannot be read"),
+        (["--chat", "--json"], "--json needs a --prompt"),
+    ],
+)
+def test_bad_prompts_are_one_line(run: Run, options: list[str], message: str) -> None:
+    printed = run(*options, status=2)
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_the_export_script_writes_what_load_pretrained_reads(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = load_script("export").main
+    assert main(["--model", str(directory), "--out", str(tmp_path / "out")]) == 0
+    before, after = load_pretrained(directory)[0], load_pretrained(tmp_path / "out")[0]
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    capsys.readouterr()
+    assert main(["--model", str(directory), "--out", str(tmp_path / "out")]) == 2
+    assert "is there already" in capsys.readouterr().err
