@@ -6,8 +6,7 @@ import argparse
 import sys
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import export_pretrained, load_pretrained
-from ryzen_llm.interop.export import DTYPES
+from ryzen_llm.interop import DTYPES, export_pretrained, load_pretrained
 from ryzen_llm.pipeline import exit_with
 
 

@@ -28,7 +28,8 @@ class TextDataModule(LightningDataModule):
         source: "stdlib" (the running Python's own sources and docs); a file, folder or glob of .txt, .md,
             .rst, .py, .jsonl, .jsonl.gz or .parquet; "hf:NAME[:CONFIG[:SPLIT]]" for a Hugging Face dataset;
             or a list of these.
-        tokenizer: path of a tokenizer.json; if not given, byte-level BPE is trained on the train split.
+        tokenizer: path of a tokenizer.json, or a `Tokenizer`, such as a pretrained model's; if not given,
+            byte-level BPE is trained on the train split.
         vocab_size: number of tokens of the tokenizer to train, at least 257; not used with a given tokenizer.
         context: number of tokens the model sees; a batch holds one more, the last target.
         batch_size: windows per batch and device.
@@ -46,7 +47,7 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         source: str | list[str] = "stdlib",
-        tokenizer: str | None = None,
+        tokenizer: str | Tokenizer | None = None,
         vocab_size: int = 4096,
         context: int = 256,
         batch_size: int = 16,
@@ -78,7 +79,7 @@ class TextDataModule(LightningDataModule):
         if not text_field:
             raise InputError("text_field: empty; expected the name of the field that holds the text")
         self.source = source
-        self.tokenizer_path = tokenizer
+        self.given_tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.context = context
         self.batch_size = batch_size
@@ -94,9 +95,11 @@ class TextDataModule(LightningDataModule):
     def store(self) -> TokenStore:
         """The token store; built or opened on first use."""
         if self._store is None:
-            path = self.tokenizer_path
-            tokenizer = Tokenizer.from_file(path).to_json() if path else self.vocab_size
-            recipe = Recipe(tokenizer, self.val_fraction, self.test_fraction)
+            given = self.given_tokenizer
+            tokenizer = Tokenizer.from_file(given) if isinstance(given, str) else given
+            recipe = Recipe(
+                tokenizer.to_json() if tokenizer else self.vocab_size, self.val_fraction, self.test_fraction
+            )
             self._store = open_store(open_corpus(self.source, self.text_field), recipe, self.cache_dir)
         return self._store
 

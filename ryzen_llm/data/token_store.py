@@ -28,7 +28,7 @@ from ryzen_llm.data.splits import SPLITS, Split, split_of, unit_hash
 from ryzen_llm.data.tokenizer import Tokenizer
 from ryzen_llm.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # A vocabulary learnt on this much text is as good as one learnt on more, and the trainer holds it in memory.
 TRAINING_SAMPLE_BYTES = 32 * 1024 * 1024
 # Encoded at a time: enough to keep all cores busy, little enough to forget about its memory.

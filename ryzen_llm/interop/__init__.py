@@ -3,5 +3,6 @@
 from ryzen_llm.interop.chat import render_chat
 from ryzen_llm.interop.export import export_pretrained
 from ryzen_llm.interop.load import load_pretrained
+from ryzen_llm.interop.weights import DTYPES
 
-__all__ = ["export_pretrained", "load_pretrained", "render_chat"]
+__all__ = ["DTYPES", "export_pretrained", "load_pretrained", "render_chat"]

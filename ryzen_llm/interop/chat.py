@@ -14,7 +14,6 @@ from ryzen_llm.data import Tokenizer
 from ryzen_llm.errors import InputError
 
 _MOST_REPEATED = 10_000
-_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -29,8 +28,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return left * right if operator == "*" else float(left) ** right
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str:
-    """The text that asks a model for its turn in a conversation.
+def render_chat(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """The text of a conversation; with `add_generation_prompt` it ends where the model takes its turn.
 
     `messages` are `{"role": "user" | "assistant" | "system", "content": text}`. Encode the text with
     `Tokenizer.encode_rendered`. Raises InputError where the tokenizer has no template, or the template fails
@@ -40,6 +41,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str
     if special.chat_template is None:
         raise InputError("the model has no chat template: give it a text to continue instead")
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    # Jinja's own escapes for HTML.
     sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(
         value, ensure_ascii=False, indent=indent
     )
@@ -50,7 +52,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str
             messages=list(messages),
             bos_token=special.bos or "",
             eos_token=special.eos or "",
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
         )
     except (
         jinja2.TemplateError,
@@ -61,11 +63,6 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> str
         RecursionError,
     ) as error:
         raise InputError(f"the model's chat template failed: {' '.join(str(error).split())[:300]}") from error
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -25,10 +25,8 @@ from ryzen_llm.interop.hf_directory import (
     TOKENIZER_CONFIG,
     WEIGHTS,
 )
-from ryzen_llm.interop.weights import weights_of
+from ryzen_llm.interop.weights import dtype_named, weights_of
 from ryzen_llm.model import Transformer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @torch.no_grad()
@@ -57,15 +55,13 @@ def export_pretrained(
     combination of options no architecture of transformers has.
     """
     directory = Path(directory).expanduser().absolute()
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    target = dtype_named(dtype)
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}, expected 1 or more")
-    config = write_config(model.config) | {"torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    config = write_config(model.config) | {"torch_dtype": str(target).removeprefix("torch.")}
     norm_offset = 1.0 if model.config.post_norms else 0.0
     weights = (
-        (name, tensor.to("cpu", DTYPES[dtype]).contiguous())
-        for name, tensor in weights_of(model, norm_offset)
+        (name, tensor.to("cpu", target).contiguous()) for name, tensor in weights_of(model, norm_offset)
     )
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):

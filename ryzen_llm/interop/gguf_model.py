@@ -77,7 +77,7 @@ class GGUFTensors:
         return torch.from_numpy(weights if weights.flags.writeable else weights.copy())
 
 
-def load_gguf(path: Path) -> tuple[Transformer, Tokenizer]:
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a GGUF file; see `load_pretrained`."""
     file = GGUFFile(path)
     where = str(path)
@@ -89,7 +89,7 @@ def load_gguf(path: Path) -> tuple[Transformer, Tokenizer]:
         )
     config = _read_config(file, architecture, where)
     source = GGUFTensors(file, architecture, config)
-    return load_weights(config, source), read_tokenizer(file.metadata, where)
+    return load_weights(config, source, dtype), read_tokenizer(file.metadata, where)
 
 
 def _transformers_name(name: str, architecture: str) -> str:

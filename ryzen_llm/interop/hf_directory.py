@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,7 +64,7 @@ class SafetensorsFiles:
         return tensor
 
 
-def load_directory(directory: Path) -> tuple[Transformer, Tokenizer]:
+def load_directory(directory: Path, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face directory; see `load_pretrained`."""
     values = read_json(directory / CONFIG)
     config = parse_config(values, str(directory / CONFIG))
@@ -71,7 +72,7 @@ def load_directory(directory: Path) -> tuple[Transformer, Tokenizer]:
     source = SafetensorsFiles(
         directory, tied=config.tie_embeddings, norm_offset=1.0 if config.post_norms else 0.0
     )
-    return load_weights(config, source), tokenizer
+    return load_weights(config, source, dtype), tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

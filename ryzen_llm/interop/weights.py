@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
-from ryzen_llm.model.embedding import DenseEmbedding
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LISTED = 5  # names in a message; the others are counted
 
 
@@ -29,24 +29,30 @@ class TensorSource(Protocol):
         """The tensor, of any floating dtype. Raises InputError where the file is damaged."""
 
 
-def load_weights(config: ModelConfig, source: TensorSource) -> Transformer:
-    """A model (fp32, on the CPU, in eval mode) of the shape `config` with the weights of `source`.
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of weights. Raises InputError for a name that is not in `DTYPES`."""
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> Transformer:
+    """A model (on the CPU, in eval mode) of the shape `config` with the weights of `source` in `dtype`.
 
     Everything is compared before anything is allocated; then one tensor at a time is read into its place.
     Raises InputError that lists the tensors that are missing, not expected or of another shape.
     """
     try:
         with torch.device("meta"):
-            model = Transformer(config)
+            model = Transformer(config).to(dtype)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise InputError(f"{source.where}: its sizes make no model ({error})") from error
     _compare({name: tuple(place.shape) for name, place, _ in _places(model)}, source)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, place, is_norm in _places(model):
-            place.copy_(source.read(name))
-            if is_norm and source.norm_offset:
-                place += source.norm_offset
+            tensor = source.read(name)
+            place.copy_(tensor + source.norm_offset if is_norm and source.norm_offset else tensor)
     return model.eval()
 
 
@@ -59,7 +65,7 @@ def weights_of(model: Transformer, norm_offset: float) -> Iterator[tuple[str, Te
 def _places(model: Transformer) -> Iterator[tuple[str, Tensor, bool]]:
     """Transformers' name for each weight, its place (a view of ours), and whether it is that of a norm."""
     config = model.config
-    yield "model.embed_tokens.weight", _table(model), False
+    yield "model.embed_tokens.weight", model.embedding.dense_weight(), False
     for i in range(config.num_layers):
         block, theirs = model.get_submodule(f"blocks.{i}"), f"model.layers.{i}"
         norms = {
@@ -86,12 +92,6 @@ def _places(model: Transformer) -> Iterator[tuple[str, Tensor, bool]]:
     yield "model.norm.weight", model.norm.weight.detach(), True
     if model.head is not None:
         yield "lm_head.weight", model.head.weight.detach(), False
-
-
-def _table(model: Transformer) -> Tensor:
-    if isinstance(model.embedding, DenseEmbedding):
-        return model.embedding.weight.detach()
-    return model.embedding.lookup(torch.arange(model.config.vocab_size, device=model.norm.weight.device))
 
 
 def _compare(expected: dict[str, tuple[int, ...]], source: TensorSource) -> None:

@@ -29,6 +29,7 @@ ALIASES = {
 }
 """Short names for keys, accepted in files and on the command line."""
 
+_DEFAULT_MODEL = "tiny"
 _DESCRIPTION = """Train a language model, measure what the optimisations gain, and write the reports.
 
 Five phases: setup, training, validation, testing, reporting. Every key below can stand in a YAML or JSON file
@@ -45,6 +46,7 @@ _TRAINER_SKIP = {
     "fast_dev_run",
     "enable_checkpointing",
     "enable_model_summary",
+    "inference_mode",
     "model_registry",
     "precision",  # added by hand, with the values that the recipes have
 }
@@ -90,8 +92,8 @@ class RunOptions:
 class RunConfig:
     """A whole configuration, checked.
 
-    `trainer` holds the arguments of Lightning's Trainer, `model` the name of a preset and the fields that
-    replace its own, `text` all of the configuration as YAML.
+    `trainer` holds the arguments of Lightning's Trainer, `model` what training starts from (`init_from`, or
+    the name of a preset) and fields of the model, `text` all of the configuration as YAML.
     """
 
     options: RunOptions
@@ -103,22 +105,66 @@ class RunConfig:
     trainer: dict[str, Any]
     text: str
 
+    def __post_init__(self) -> None:
+        if self.init_from is None:
+            return
+        if self.model["name"] is not None:
+            raise InputError(
+                f"model.name is {self.model['name']}, but model.init_from brings its own model: leave one "
+                "of them out"
+            )
+        if self.data.given_tokenizer is not None:
+            raise InputError(
+                "data.tokenizer is given, but model.init_from brings the model's own tokenizer: leave it out"
+            )
+
+    @property
+    def init_from(self) -> str | None:
+        """The path of the model that training starts from; None to start from random weights."""
+        path: str | None = self.model["init_from"]
+        return path
+
+    @property
+    def model_name(self) -> str:
+        """The model's name for people: the preset's, or that of the file or directory it comes from."""
+        return Path(self.init_from).name if self.init_from else self.model["name"] or _DEFAULT_MODEL
+
+    def check_initial(self, path: str, found: ModelConfig) -> None:
+        """Raise InputError where a key contradicts the model at `path`, or the data do not fit it."""
+        for name, value in self._model_fields().items():
+            if value != getattr(found, name):
+                raise InputError(
+                    f"model.{name} is {value}, but the model at {path} has {getattr(found, name)}: leave "
+                    f"model.{name} out"
+                )
+        self._check_context(found)
+
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The model's shape for a tokenizer of `vocab_size`; InputError where it does not fit the data."""
-        overrides = {name: value for name, value in self.model.items() if value is not None}
-        name = overrides.pop("name")
+        overrides = self._model_fields()
         if overrides.setdefault("vocab_size", vocab_size) < vocab_size:
             raise InputError(
                 f"model.vocab_size is {overrides['vocab_size']}, but the tokenizer has {vocab_size} tokens; "
                 "leave it out or raise it"
             )
-        config = ModelConfig.from_name(name, **overrides)
+        config = ModelConfig.from_name(self.model_name, **overrides)
+        self._check_context(config)
+        return config
+
+    def _model_fields(self) -> dict[str, Any]:
+        """The fields of the model that are given."""
+        return {
+            name: value
+            for name, value in self.model.items()
+            if value is not None and name not in ("name", "init_from")
+        }
+
+    def _check_context(self, config: ModelConfig) -> None:
         if self.data.context > config.max_position_embeddings:
             raise InputError(
                 f"data.context is {self.data.context}, more than the model's max_position_embeddings of "
                 f"{config.max_position_embeddings}; lower the one or raise the other"
             )
-        return config
 
 
 def build_parser() -> ArgumentParser:
@@ -128,9 +174,29 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML or JSON file with any of these keys.")
     for part in (RunOptions, Optimizations, Thresholds):
         parser.add_class_arguments(part, None)
-    parser.add_class_arguments(TextDataModule, "data")
-    model = parser.add_argument_group("The model: a preset by name, and fields that replace its own")
-    model.add_argument("--model.name", type=str, default="tiny", help=f"One of {', '.join(PRESETS)}.")
+    parser.add_class_arguments(TextDataModule, "data", skip={"tokenizer"})
+    parser.add_argument(
+        "--data.tokenizer",
+        type=str | None,
+        default=None,
+        help="Path of a tokenizer.json; if not given, byte-level BPE is trained on the train split.",
+    )
+    model = parser.add_argument_group(
+        "The model: a pretrained one, or a preset and fields that replace its own"
+    )
+    model.add_argument(
+        "--model.init_from",
+        type=str | None,
+        default=None,
+        help="Start from a Hugging Face directory, a .gguf file, a checkpoint, or the folder of a run. "
+        "Its own tokenizer is used.",
+    )
+    model.add_argument(
+        "--model.name",
+        type=str | None,
+        default=None,
+        help=f"One of {', '.join(PRESETS)} (default: {_DEFAULT_MODEL}, without init_from).",
+    )
     for field in fields(ModelConfig):
         default = "the preset's" if field.default is MISSING else "the preset's, or the model's usual one"
         model.add_argument(

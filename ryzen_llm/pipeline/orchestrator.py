@@ -24,6 +24,7 @@ from torch import Tensor
 from ryzen_llm.claims import ClaimContext, build_claims
 from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
+from ryzen_llm.interop import load_pretrained
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.config import RunConfig
 from ryzen_llm.pipeline.html_report import write_html_report
@@ -93,10 +94,14 @@ class Orchestrator:
             raise InputError("data.val_fraction is 0, expected more: claims are measured on that text")
         device = _device(self.config.trainer.get("accelerator", "auto"))
         precision, why = choose_precision(self.config.trainer.get("precision"), device)
+        model = self._initial_model()
         data.prepare_data()
-        model_config = self.config.model_config(data.tokenizer.vocab_size)
         seed_everything(options.seed, verbose=False)
-        self.module = LanguageModule(model_config, self.config.optimizer, compile=options.compile)
+        self.module = LanguageModule(
+            model or self.config.model_config(data.tokenizer.vocab_size),
+            self.config.optimizer,
+            compile=options.compile,
+        )
         try:
             self.trainer: Trainer = build_trainer(
                 self.config, self.output_dir, precision, self.module.model.flops_per_token(data.context)
@@ -107,7 +112,7 @@ class Orchestrator:
             held.enter_context(claim_output_dir(self.output_dir, options.resume))
         self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if options.resume else None
         if self.resume_from:
-            check_resumable(self.resume_from, model_config, data)
+            check_resumable(self.resume_from, self.module.model.config, data)
         if options.resume:
             where = (
                 f"from {self.resume_from.name}" if self.resume_from else "from the start: no checkpoint yet"
@@ -115,13 +120,22 @@ class Orchestrator:
             self.console.print(f"resuming {where}")
         self.console.print(
             f"{escape(data.store.corpus)}: {data.num_tokens('train'):,} training tokens; "
-            f"model {self.config.model['name']} with {self.module.model.num_parameters():,} parameters; "
+            f"model {escape(self.config.model_name)} with {self.module.model.num_parameters():,} parameters; "
             f"{device.type} ({why}): {precision}; torch.compile {'on' if options.compile else 'off'}"
         )
         if self._leads:
             for name in (VALIDATION_REPORT, TEST_REPORT, FINAL_REPORT, HTML_REPORT):
                 (self.output_dir / name).unlink(missing_ok=True)  # of the attempt that this one goes on from
         self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
+
+    def _initial_model(self) -> Transformer | None:
+        """The model to start from, whose tokenizer becomes that of the data; None where none is given."""
+        path = self.config.init_from
+        if path is None:
+            return None
+        model, self.config.data.given_tokenizer = load_pretrained(path)
+        self.config.check_initial(path, model.config)
+        return model
 
     def _phase(self, name: str, work: Callable[[], None], needs: str) -> None:
         needed = next(phase for phase in self.phases if phase.name == needs)
@@ -148,23 +162,33 @@ class Orchestrator:
         )
 
     def _train(self) -> None:
+        data = self.config.data
+        initial_val_loss = None
+        if self.config.init_from and not self.resume_from:
+            (measured,) = self.trainer.validate(self.module, datamodule=data, verbose=False)
+            initial_val_loss = measured["val_loss"]
+            self.console.print(f"validation loss before training: {initial_val_loss:.3f} nats per token")
         train(self.trainer, self.module, self.config, self.resume_from)
         if "val_loss" not in self.trainer.callback_metrics:  # a finished run, resumed: nothing was left to do
-            self.trainer.validate(self.module, datamodule=self.config.data, verbose=False)
-        measured = self.trainer.callback_metrics
+            self.trainer.validate(self.module, datamodule=data, verbose=False)
+        final = self.trainer.callback_metrics
+        not_measured = (
+            "the run was resumed" if self.config.init_from else "training started from random weights"
+        )
         self.accuracy = Accuracy(
-            val_loss=float(measured["val_loss"]),
-            val_accuracy=float(measured["val_accuracy"]),
-            unigram_entropy=self.config.data.store.unigram_entropy,
+            val_loss=float(final["val_loss"]),
+            val_accuracy=float(final["val_accuracy"]),
+            unigram_entropy=data.store.unigram_entropy,
+            initial_val_loss=initial_val_loss,
+            reason=f"initial_val_loss: {not_measured}" if initial_val_loss is None else None,
         )
         model = self._trained_model()
-        tokenizer = self.config.data.tokenizer
-        prompt = torch.tensor(tokenizer.encode(self.config.options.prompt))
+        prompt = torch.tensor(data.tokenizer.encode_prompt(self.config.options.prompt))
         room = model.config.max_position_embeddings - len(prompt)
         generation = Generator(model).generate(
             prompt, max_new_tokens=min(_SAMPLE_TOKENS, room), temperature=0.7, top_p=0.9, seed=0
         )
-        self.sample = tokenizer.decode(generation.ids[0].tolist())
+        self.sample = data.tokenizer.decode(generation.ids[0].tolist())
 
     def _trained_model(self) -> Transformer:
         """The trained weights in a model that is not compiled."""

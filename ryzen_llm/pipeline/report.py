@@ -41,6 +41,8 @@ class Accuracy(_Part):
     val_loss: float | None = None
     val_accuracy: float | None = None
     unigram_entropy: float | None = None
+    initial_val_loss: float | None = None
+    """On the same text before training, where it started from a pretrained model."""
     reason: str | None = None
     """Why a figure is None."""
 

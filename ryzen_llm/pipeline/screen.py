@@ -23,8 +23,10 @@ def show_summary(console: Console, report: FinalReport, output_dir: Path) -> Non
         console.print(table)
     accuracy = report.accuracy
     if accuracy.val_loss is not None and accuracy.unigram_entropy is not None:
+        before = accuracy.initial_val_loss
         console.print(
-            f"validation loss {accuracy.val_loss:.3f} nats per token; "
+            f"validation loss {accuracy.val_loss:.3f} nats per token"
+            f"{'' if before is None else f', before training {before:.3f}'}; "
             f"unigram entropy of the corpus {accuracy.unigram_entropy:.3f}"
         )
     if report.tests:

@@ -39,7 +39,7 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
             output_dir / TRAINING_REPORT,
             sample_every_n_steps=config.options.sample_every_n_steps,
             flops_per_token=flops_per_token,
-            metadata={"model": config.model["name"]},
+            metadata={"model": config.model_name},
         ),
         AnomalyDetector(),
         ModelCheckpoint(
@@ -63,6 +63,7 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
         "precision": precision,
         "enable_progress_bar": show_progress,
         "enable_model_summary": False,
+        "inference_mode": False,  # its tensors could not be trained on after a validation before training
     }
     return Trainer(
         **settings,

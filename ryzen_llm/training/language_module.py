@@ -28,7 +28,7 @@ class LanguageModule(pl.LightningModule):
     greedy) at validation, and the same under ``test_``; the collector has the per-step training figures.
 
     Args:
-        config: Shape of the model.
+        model: A model to go on training, such as one from `load_pretrained`, or the shape of one to begin.
         optimizer: AdamW's settings and the schedule.
         compile: Compile each block and the loss with torch.compile when fitting starts. One block is compiled
             and reused for all layers, so the warm-up does not grow with depth.
@@ -36,12 +36,12 @@ class LanguageModule(pl.LightningModule):
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: Transformer | ModelConfig,
         optimizer: OptimizerConfig | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.model = Transformer(config)
+        self.model = model.train() if isinstance(model, Transformer) else Transformer(model)
         self.optimizer_config = optimizer or OptimizerConfig()
         self.compile_blocks = compile
         self.mean_loss = MeanMetric()

@@ -14,6 +14,13 @@ class Embedding(nn.Module, ABC):
         """The vectors of `input_ids` (...) int64, as (..., hidden_size)."""
 
     @abstractmethod
+    def dense_weight(self) -> Tensor:
+        """The vectors of all token ids, (vocab_size, hidden_size) without gradient: what is exported.
+
+        `DenseEmbedding` gives a view of its own weight, which imported weights are written into.
+        """
+
+    @abstractmethod
     def head(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """What to multiply for the logits of `hidden_states` (..., hidden_size): x (..., size) and a weight
         (vocab_size, size), so that logits are x weightᵀ. The fused loss multiplies them by itself.

@@ -19,6 +19,10 @@ class DenseEmbedding(Embedding):
         """See `Embedding.lookup`."""
         return F.embedding(input_ids, self.weight)
 
+    def dense_weight(self) -> Tensor:
+        """See `Embedding.dense_weight`."""
+        return self.weight.detach()
+
     def head(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """See `Embedding.head`."""
         return hidden_states, self.weight
