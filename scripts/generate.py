@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from ryzen_llm.cache import CACHES
 from ryzen_llm.data import StreamDecoder, Tokenizer
-from ryzen_llm.decoding import Generation, Generator
+from ryzen_llm.decoding import WEIGHTS, Generation, Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
 from ryzen_llm.pipeline import exit_with
@@ -38,6 +39,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the fewest tokens that hold this probability")
     parser.add_argument("--seed", type=int, help="makes the text repeatable")
+    parser.add_argument("--cache", default="dense", metavar="NAME", help=f"one of {', '.join(CACHES)}")
+    parser.add_argument(
+        "--weights", default="bf16", choices=WEIGHTS, help="int8 and int4 decode faster (default: bf16)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the decoding step: a minute once, then faster"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print an object, or a list of them for several prompts"
     )
@@ -45,7 +53,7 @@ def main(arguments: list[str]) -> int:
     try:
         prompts = _prompts(options)
         model, tokenizer = load_pretrained(options.model)
-        generator = Generator(model)
+        generator = Generator(model, cache=options.cache, weights=options.weights, compile=options.compile)
         if not prompts:
             converse(generator, tokenizer, options)
         elif options.json or len(prompts) > 1:

@@ -10,6 +10,7 @@ that backward only scales (Wijmans et al. 2024, arXiv:2411.09009, and Liger-Kern
 arXiv:2410.10989, do so too). Above its inputs and gradients it needs the memory of one slab.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``hidden_states @ weight.T`` and how many targets had the largest logit.
 
@@ -47,8 +49,9 @@ def linear_cross_entropy(
     arXiv:1512.00567); `z_loss` is the weight of the squared log-sum-exp (Chowdhery et al. 2022,
     arXiv:2204.02311). Targets equal to `ignore_index` count for nothing; the mean over none is NaN, as in
     PyTorch. Returns the loss, a scalar or with ``reduction="none"`` shaped like `targets`, and a scalar int64
-    count. "none" makes the logits a second time in backward. Raises InputError for shapes or settings that
-    do not fit.
+    count. "none" makes the logits a second time in backward. On a CPU, `compiled` has Inductor make one loop
+    of the softmax, for which PyTorch's own ops read the logits seven times. Raises InputError for shapes or
+    settings that do not fit.
     """
     if weight.dim() != 2 or hidden_states.shape[-1] != weight.shape[1]:
         raise InputError(
@@ -70,12 +73,14 @@ def linear_cross_entropy(
     kept = flat != ignore_index
     labels = torch.where(kept, flat, 0)
     if reduction == "none":
-        losses, predictions = _rows(x, weight, labels, label_smoothing, z_loss)
+        losses, predictions = _rows(x, weight, labels, label_smoothing, z_loss, compiled)
         loss = torch.where(kept, losses, 0).view(targets.shape)
     else:
         gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         weights = kept.to(torch.promote_types(x.dtype, torch.float32))
-        loss, predictions, _, _ = _total(x, weight, labels, weights, label_smoothing, z_loss, gradients)
+        loss, predictions, _, _ = _total(
+            x, weight, labels, weights, label_smoothing, z_loss, compiled, gradients
+        )
         if reduction == "mean":
             loss = loss / weights.sum()
     return loss, ((predictions == flat) & kept).sum()
@@ -102,11 +107,12 @@ def _total(
     row_weights: Tensor,
     label_smoothing: float,
     z_loss: float,
+    compiled: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted sum of the losses, predictions (rows,), and its gradients by x and weight (else empty)."""
     losses, predictions, dx, dw = _in_chunks(
-        x, weight, targets, row_weights, label_smoothing, z_loss, gradients
+        x, weight, targets, row_weights, label_smoothing, z_loss, compiled, gradients
     )
     return (losses * row_weights).sum(), predictions, dx, dw
 
@@ -119,6 +125,7 @@ def _total_fake(
     row_weights: Tensor,
     label_smoothing: float,
     z_loss: float,
+    compiled: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dw = (t.new_empty(t.shape if gradients else (0,)) for t in (x, weight))
@@ -132,9 +139,9 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 7
+        return (None,) * 8
     dx, dw = ctx.saved_tensors
-    return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), None, None, None, None, None
+    return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), *(None,) * 6
 
 
 _total.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -147,16 +154,16 @@ def _flops(x: list[int], weight: list[int], *settings: Any, **_: Any) -> int:
 
 @torch.library.custom_op("ryzen_llm::linear_cross_entropy_rows", mutates_args=())
 def _rows(
-    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, compiled: bool
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and its prediction, (rows,) both."""
     ones = x.new_ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    return _in_chunks(x, weight, targets, ones, label_smoothing, z_loss, False)[:2]
+    return _in_chunks(x, weight, targets, ones, label_smoothing, z_loss, compiled, False)[:2]
 
 
 @_rows.register_fake
 def _rows_fake(
-    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, compiled: bool
 ) -> tuple[Tensor, Tensor]:
     losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     return losses, torch.empty_like(targets)
@@ -170,10 +177,10 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _recompute(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 5
+        return (None,) * 6
     x, weight, targets = ctx.saved_tensors
     _, _, dx, dw = _total(x, weight, targets, upstream, *ctx.settings, True)
-    return dx, dw, None, None, None
+    return dx, dw, *(None,) * 4
 
 
 _rows.register_autograd(_recompute, setup_context=_keep_inputs)
@@ -186,6 +193,7 @@ def _in_chunks(
     row_weights: Tensor,
     label_smoothing: float,
     z_loss: float,
+    compiled: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, vocab = len(x), len(weight)
@@ -194,7 +202,7 @@ def _in_chunks(
     losses, predictions = x.new_empty(rows, dtype=wide), torch.empty_like(targets)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients else x.new_empty(0)
     dw = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, wide)) if gradients else None
-    softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_by_pytorch
+    softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_compiled if compiled else _softmax_by_pytorch
     chunk = slab_rows(rows, vocab, x.element_size(), x.device)
     slab = x.new_empty(chunk, vocab)
     for start in range(0, rows, chunk):
@@ -251,6 +259,53 @@ def _softmax_by_pytorch(
             if label_smoothing:
                 block -= weights * (label_smoothing / block.shape[-1])
             logits[part] = block
+
+
+def _softmax_compiled(
+    logits: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    gradients: bool,
+    losses: Tensor,
+    predictions: Tensor,
+) -> None:
+    # Not in the loop: an index out of bounds would end the process there, and raises here.
+    target_logits = logits.gather(-1, targets[:, None]).to(losses.dtype)
+    with torch.no_grad():
+        loop, settings = _softmax_loop(), (label_smoothing, z_loss, gradients)
+        loop(logits, target_logits, targets, row_weights, *settings, losses, predictions)
+
+
+@functools.cache
+def _softmax_loop() -> Callable[..., None]:
+    def loop(
+        logits: Tensor,
+        target_logits: Tensor,
+        targets: Tensor,
+        row_weights: Tensor,
+        label_smoothing: float,
+        z_loss: float,
+        gradients: bool,
+        losses: Tensor,
+        predictions: Tensor,
+    ) -> None:
+        block, vocab = logits.to(losses.dtype), logits.shape[-1]
+        largest = block.amax(-1, keepdim=True)
+        lse = (block - largest).exp().sum(-1, keepdim=True).log() + largest
+        loss = lse - (1 - label_smoothing) * target_logits + z_loss * lse.square()
+        if label_smoothing:
+            loss -= label_smoothing * block.mean(-1, keepdim=True)
+        losses.copy_(loss.squeeze(-1))
+        columns = torch.arange(vocab, dtype=torch.int32, device=block.device)  # vectorised, as argmax is not
+        predictions.copy_(torch.where(block == largest, columns, vocab).amin(-1))
+        if gradients:
+            gradient = (block - lse).exp() * (1 + 2 * z_loss * lse) - label_smoothing / vocab
+            gradient -= (columns == targets[:, None]).to(block.dtype) * (1 - label_smoothing)
+            logits.copy_(gradient * row_weights[:, None])
+
+    return torch.compile(loop, fullgraph=True, dynamic=True)
 
 
 def _softmax_on_gpu() -> SoftmaxRows:

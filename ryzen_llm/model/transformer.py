@@ -196,9 +196,10 @@ class Transformer(nn.Module):
                 f"{tuple(input_ids.shape)}"
             )
         hidden_states = self.hidden_states(input_ids)
+        compiled = self.norm._compiled_call_impl is not None  # by `compile_blocks`
         if self.head is None:
-            return linear_cross_entropy(*self.embedding.head(hidden_states), targets)
-        return linear_cross_entropy(hidden_states, self.head.weight, targets)
+            return linear_cross_entropy(*self.embedding.head(hidden_states), targets, compiled=compiled)
+        return linear_cross_entropy(hidden_states, self.head.weight, targets, compiled=compiled)
 
     def compile_blocks(self) -> None:
         """Compile in place, region by region: the blocks share one compilation, and names stay as they are.

@@ -52,7 +52,8 @@ validate = LanguageModule.validation_step
 LanguageModule.validation_step = lambda self, *a: die() if self.global_step == 40 else validate(self, *a)
 """,
     "writing the training report": """
-from ryzen_callbacks import TrainingMetricsCollector as c; c.export_metrics = die
+replace = os.replace
+os.replace = lambda a, b: die() if str(b).endswith("training_metrics_report.json") else replace(a, b)
 """,
     "measuring claims": "from ryzen_callbacks import OptimizationValidator as c; c.validate = die",
     "testing": "from ryzen_llm.selftest import IntegrationTestRunner as c; c.run = die",

@@ -70,6 +70,26 @@ def test_loss_and_gradients_follow_the_formula(reduction: str, label_smoothing: 
         torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_compiled_loop_follows_the_formula(reduction: str) -> None:
+    x, weight, targets = inputs(13, 7, 11)
+    targets[[2, 5]] = -100
+    settings: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-2, "reduction": reduction}
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    loss, num_correct = linear_cross_entropy(*leaves, targets, compiled=True, **settings)
+    exact = formula(*leaves, targets, **settings)
+    torch.testing.assert_close(loss, exact, atol=1e-12, rtol=1e-10)
+    assert num_correct == ((x @ weight.T).argmax(-1) == targets).sum()
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    for ours, expected in zip(
+        torch.autograd.grad(loss, leaves, upstream), torch.autograd.grad(exact, leaves, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-10)
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        linear_cross_entropy(*leaves, targets + 11, compiled=True)
+
+
 @given(rows=st.integers(0, 9), size=st.integers(1, 9), vocab=st.integers(1, 40), strided=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_any_shape_also_empty_and_not_contiguous(rows: int, size: int, vocab: int, strided: bool) -> None:
@@ -104,8 +124,8 @@ def test_opcheck(gradients: bool) -> None:
     x, weight, targets = inputs(6, 3, 5)
     leaves = (x.requires_grad_(gradients), weight.requires_grad_(gradients), targets)
     ones = torch.ones(6, dtype=torch.float64)
-    torch.library.opcheck(FUSED.linear_cross_entropy.default, (*leaves, ones, 0.1, 0.01, gradients))
-    torch.library.opcheck(FUSED.linear_cross_entropy_rows.default, (*leaves, 0.1, 0.01))
+    torch.library.opcheck(FUSED.linear_cross_entropy.default, (*leaves, ones, 0.1, 0.01, False, gradients))
+    torch.library.opcheck(FUSED.linear_cross_entropy_rows.default, (*leaves, 0.1, 0.01, False))
 
 
 def test_under_autocast_the_weights_gradient_stays_fp32() -> None:
