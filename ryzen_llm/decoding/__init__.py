@@ -1,7 +1,34 @@
 """Generating text with a model."""
 
-from ryzen_llm.decoding.generator import Generation, Generator
+from ryzen_llm.decoding.drafters import (
+    DRAFTERS,
+    Draft,
+    Drafter,
+    DraftModelDrafter,
+    DraftSession,
+    RecyclingDrafter,
+    Step,
+    SuffixDrafter,
+)
+from ryzen_llm.decoding.generation import Generation
+from ryzen_llm.decoding.generator import Generator
 from ryzen_llm.decoding.kv_cache_optimizer import CacheChoice, KVCacheOptimizer
 from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.speculative import SpeculativeDecoder
 
-__all__ = ["CacheChoice", "Generation", "Generator", "KVCacheOptimizer", "Sampling"]
+__all__ = [
+    "DRAFTERS",
+    "CacheChoice",
+    "Draft",
+    "DraftModelDrafter",
+    "DraftSession",
+    "Drafter",
+    "Generation",
+    "Generator",
+    "KVCacheOptimizer",
+    "RecyclingDrafter",
+    "Sampling",
+    "SpeculativeDecoder",
+    "Step",
+    "SuffixDrafter",
+]

@@ -5,15 +5,16 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ryzen_llm.cache import KVCache, LayerCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.cuda_graph import GraphedStep
+from ryzen_llm.decoding.drafters import Drafter
+from ryzen_llm.decoding.generation import Generation, require_finite
 from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.speculative import SpeculativeDecoder
 from ryzen_llm.decoding.weights import KINDS, quantise_weights
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import supports_bf16
@@ -24,29 +25,6 @@ STOP_CHECK_INTERVAL = 16
 """Tokens between two looks at whether all rows have stopped, where a look makes the host wait for a GPU."""
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What `Generator.generate` made, and how fast.
-
-    Attributes:
-        ids: Prompt and new tokens, (batch, time) int64.
-        new_ids: The new tokens alone, a stop token included; a row that stopped before the others is filled
-            up with its stop token.
-        stop_reason: "stop" if every row met a stop token, otherwise "length".
-        time_to_first_token_s: Seconds from the call to the first new token.
-        tokens_per_second: New tokens of all rows after the first, over the seconds they took; None if there
-            was only the first.
-        accepted_per_step: Tokens a step of speculative decoding gave on average; None without a drafter.
-    """
-
-    ids: Tensor
-    new_ids: Tensor
-    stop_reason: Literal["stop", "length"]
-    time_to_first_token_s: float
-    tokens_per_second: float | None
-    accepted_per_step: float | None
-
-
 class Generator:
     """Generates with a model whose own weights, mode and compilation are left as they are.
 
@@ -54,7 +32,8 @@ class Generator:
         model: The model; its weights are taken as they are now.
         cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`, or one for each
             layer, also as `KVCacheOptimizer` makes them.
-        drafter: Name of a drafter for speculative decoding; none is built yet.
+        drafter: For speculative decoding: a name in `drafters.DRAFTERS`, a `Drafter`, or several to choose
+            from at each step; the ids stay those of decoding without one (`SpeculativeDecoder`).
         weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, "fp32", or
             "int8" or "int4", which decode faster and change the output a little (`decoding.weights`).
         compile: Compile the step that decodes one token; the first call then takes up to a minute longer.
@@ -68,13 +47,11 @@ class Generator:
         model: Transformer,
         *,
         cache: str | Sequence[str | LayerFormat] = "dense",
-        drafter: str | None = None,
+        drafter: str | Drafter | Sequence[str | Drafter] | None = None,
         weights: str = "bf16",
         compile: bool = False,
     ) -> None:
         check_names([cache] if isinstance(cache, str) else cache)
-        if drafter is not None:
-            raise InputError(f"unknown drafter {drafter!r}: none is built yet, leave it out")
         if weights not in WEIGHTS:
             raise InputError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
         self.device = next(model.parameters()).device
@@ -88,7 +65,6 @@ class Generator:
         self.weights = weights
         self.dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         self.cache = cache
-        self.compile = compile
         # A copy of the modules around the weights in their decoding dtype; where that is theirs already, the
         # memory is shared.
         cast = {
@@ -102,6 +78,8 @@ class Generator:
         compile = compile and not disabled
         # The whole step is one graph: a graph a block would pay for Python and guards once a block.
         self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
+        self.compile = compile
+        self.speculation = SpeculativeDecoder(self, drafter) if drafter else None
 
     @torch.inference_mode()
     def generate(
@@ -130,20 +108,24 @@ class Generator:
 
         Raises InputError for prompts or settings that cannot work.
         """
+        if self.speculation:
+            return self.speculation.generate(
+                input_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_tokens=stop_tokens,
+                on_token=on_token,
+            )
         started = time.perf_counter()
         sampling = Sampling(temperature, top_k, top_p)
-        input_ids = self._check_prompt(input_ids, max_new_tokens)
+        input_ids = self.check_prompt(input_ids, max_new_tokens)
         batch_size, prompt_length = input_ids.shape
         rng = torch.Generator(self.device)
         rng.seed() if seed is None else rng.manual_seed(seed)
-        cache = build_cache(
-            self.cache,
-            self.model.config,
-            batch_size=batch_size,
-            max_length=prompt_length + max_new_tokens,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        cache = self.new_cache(batch_size, prompt_length + max_new_tokens)
         stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=self.device)
         stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
         # Waiting for the device at every token would leave it idle; a CPU is not waited for.
@@ -172,11 +154,7 @@ class Generator:
             finite &= logits.isfinite().all()
 
         seconds = self._now() - first_token_at
-        if not finite:
-            raise InputError(
-                "the model's logits are not finite: its weights are damaged, or its activations overflow in "
-                f"{self.dtype}: try weights fp32"
-            )
+        require_finite(finite, self.dtype)
         added = torch.stack(new_ids, dim=1)
         if stop_tokens:  # what was generated between the last row's stop and noticing it
             ended = torch.isin(added, stops).cumsum(1).bool().all(0)
@@ -189,6 +167,17 @@ class Generator:
             time_to_first_token_s=first_token_at - started,
             tokens_per_second=timed_tokens / seconds if timed_tokens else None,
             accepted_per_step=None,
+        )
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache of the kind asked for."""
+        return build_cache(
+            self.cache,
+            self.model.config,
+            batch_size=batch_size,
+            max_length=max_length,
+            dtype=self.dtype,
+            device=self.device,
         )
 
     def _next_logits(self, input_ids: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Tensor:
@@ -214,7 +203,8 @@ class Generator:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _check_prompt(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+    def check_prompt(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """The prompt as (batch, time) on the model's device; raises InputError where it cannot work."""
         config = self.model.config
         if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or not input_ids.numel():
             raise InputError(
