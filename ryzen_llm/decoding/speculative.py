@@ -69,7 +69,7 @@ class SpeculativeDecoder:
         if not widths or min(widths) < 1 or max(widths) > WIDEST:
             raise InputError(f"widths are {list(widths)}, expected one or more numbers from 1 to {WIDEST}")
         self.generator = generator
-        self.drafters = build_drafters(drafter)
+        self.drafters = build_drafters(drafter, generator.model, generator.compile)
         self.widths = sorted(set(widths))
         self.statistics = SpeculationStatistics()
         self._pass = FixedWidthPass(generator.model, generator.device, generator.compile)
