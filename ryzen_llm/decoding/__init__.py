@@ -12,16 +12,18 @@ from ryzen_llm.decoding.drafters import (
     RecyclingDrafter,
     Step,
     SuffixDrafter,
+    check_drafters,
     output_rows,
 )
 from ryzen_llm.decoding.generation import Generation
-from ryzen_llm.decoding.generator import Generator
+from ryzen_llm.decoding.generator import WEIGHTS, Generator
 from ryzen_llm.decoding.kv_cache_optimizer import CacheChoice, KVCacheOptimizer
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
 
 __all__ = [
     "DRAFTERS",
+    "WEIGHTS",
     "CacheChoice",
     "Draft",
     "DraftHeads",
@@ -38,5 +40,6 @@ __all__ = [
     "SpeculativeDecoder",
     "Step",
     "SuffixDrafter",
+    "check_drafters",
     "output_rows",
 ]

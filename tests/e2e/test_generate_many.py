@@ -123,9 +123,26 @@ def test_a_conversation_goes_through_the_template_and_remembers(
     assert asked["text"].startswith(reply[:5])
 
 
+@pytest.mark.filterwarnings("ignore:.*no bf16")
+def test_the_cache_and_the_weights_are_those_asked_for(run: Run, directory: Path) -> None:
+    model, tokenizer = load_pretrained(directory)
+    ids = torch.tensor([tokenizer.encode_prompt(PROMPTS[-1])])
+    found = {}
+    for cache in ("dense", "int4"):
+        expected = Generator(model, cache=cache, weights="fp32").generate(ids, max_new_tokens=12)
+        options = [*prompts(PROMPTS[-1]), "--json", "--temperature=0", f"--cache={cache}", "--weights=fp32"]
+        found[cache] = json.loads(run(*options))["ids"]
+        assert found[cache] == expected.new_ids[0].tolist()[: len(found[cache])]
+    assert found["dense"] != found["int4"], "4 bits change some token of a model with random weights"
+    assert "weights int8 need bf16" in run("--prompt=a", "--weights=int8", status=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*no bf16")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt=a", "--cache=int5"], "unknown cache 'int5': choose one of dense,"),
+        (["--prompt=a", "--cache=fp8"], "fp8"),
         ([], "there is no prompt; give --prompt"),
         (["--prompt="], "--prompt is empty"),
         (["--prompt-file=/nowhere"], "/nowhere: cannot be read"),

@@ -25,22 +25,34 @@ def build_drafters(
 
     Raises InputError for an unknown or a repeated name, and as the drafters do.
     """
+    choices = [choice] if isinstance(choice, str | Drafter) else list(choice)
+    check_drafters([each for each in choices if isinstance(each, str)])
     drafters = []
-    for each in [choice] if isinstance(choice, str | Drafter) else choice:
+    for each in choices:
         if isinstance(each, str):
             name, _, path = each.partition(":")
-            if name not in DRAFTERS:
-                raise InputError(
-                    f"unknown drafter {each!r}: choose of {', '.join(DRAFTERS)}:PATH, or give a Drafter, "
-                    "such as DraftModelDrafter"
-                )
             each = DRAFTERS[name](path, model, compile)
         drafters.append(each)
-    names = [drafter.name for drafter in drafters]
+    _check_once([drafter.name for drafter in drafters])
+    return drafters
+
+
+def check_drafters(choices: Sequence[str]) -> None:
+    """Raise InputError for a name that is not in `DRAFTERS`, or is there twice."""
+    names = [each.partition(":")[0] for each in choices]
+    for name in names:
+        if name not in DRAFTERS:
+            raise InputError(
+                f"unknown drafter {name!r}: choose of {', '.join(DRAFTERS)}:PATH, or give a Drafter, such as "
+                "DraftModelDrafter"
+            )
+    _check_once(names)
+
+
+def _check_once(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"drafter {name} is there {names.count(name)} times, expected once")
-    return drafters
 
 
 __all__ = [
@@ -56,5 +68,6 @@ __all__ = [
     "Step",
     "SuffixDrafter",
     "build_drafters",
+    "check_drafters",
     "output_rows",
 ]
