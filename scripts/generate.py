@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
         "--drafter",
         action="append",
         metavar="NAME[:PATH]",
-        help=f"decode speculatively, the same text sooner: {', '.join(DRAFTERS)}:PATH or draft_model:PATH; may "
-        "be given several times, to choose from at each step",
+        help=f"decode speculatively, the same text sooner: {', '.join(DRAFTERS)}:PATH or draft_model:PATH; "
+        "may be given several times, to choose from at each step",
     )
     parser.add_argument(
         "--json", action="store_true", help="print an object, or a list of them for several prompts"

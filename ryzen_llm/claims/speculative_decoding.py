@@ -48,7 +48,10 @@ def claim(context: ClaimContext) -> Claim:
         return plain, speculative
 
     def run(arm: int) -> object:
-        return [arms()[arm].generate(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+        generator = arms()[arm]
+        if generator.speculation:
+            generator.speculation.forget()  # the same texts, from the round before
+        return [generator.generate(prompt, max_new_tokens=new_tokens) for prompt in prompts]
 
     return Claim(
         name="speculative_decoding",

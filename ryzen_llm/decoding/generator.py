@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ryzen_llm.cache import KVCache, LayerCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.cuda_graph import GraphedStep
 from ryzen_llm.decoding.drafters import Drafter
+from ryzen_llm.decoding.fixed_width import FixedWidthPass
 from ryzen_llm.decoding.generation import Generation, require_finite
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
@@ -65,6 +66,7 @@ class Generator:
         self.weights = weights
         self.dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         self.cache = cache
+        self.compile = compile
         # A copy of the modules around the weights in their decoding dtype; where that is theirs already, the
         # memory is shared.
         cast = {
@@ -78,7 +80,7 @@ class Generator:
         compile = compile and not disabled
         # The whole step is one graph: a graph a block would pay for Python and guards once a block.
         self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
-        self.compile = compile
+        self.fixed_width = FixedWidthPass(self.model, self.device, compile)
         self.speculation = SpeculativeDecoder(self, drafter) if drafter else None
 
     @torch.inference_mode()

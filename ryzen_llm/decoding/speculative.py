@@ -15,7 +15,6 @@ from ryzen_llm.cache import KVCache
 from ryzen_llm.decoding.adaptive import DraftControl
 from ryzen_llm.decoding.drafters import Drafter, Step, build_drafters
 from ryzen_llm.decoding.drafting import Drafting, SpeculationStatistics
-from ryzen_llm.decoding.fixed_width import FixedWidthPass
 from ryzen_llm.decoding.generation import Generation, require_finite
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.verification import verify
@@ -72,8 +71,12 @@ class SpeculativeDecoder:
         self.drafters = build_drafters(drafter, generator.model, generator.compile)
         self.widths = sorted(set(widths))
         self.statistics = SpeculationStatistics()
-        self._pass = FixedWidthPass(generator.model, generator.device, generator.compile)
         self._controls: dict[int, DraftControl] = {}  # by batch size
+
+    def forget(self) -> None:
+        """Have the drafters forget earlier texts: else one that is generated again comes at once."""
+        for drafter in self.drafters:
+            drafter.forget()
 
     @torch.inference_mode()
     def generate(
@@ -155,7 +158,7 @@ class SpeculativeDecoder:
             inputs.append(known + known[:1] * (plan.width - len(known)))
         lengths = list(cache.lengths)
         started = time.perf_counter()
-        outcome = self._pass(torch.tensor(inputs, device=self.generator.device), cache)
+        outcome = self.generator.fixed_width(torch.tensor(inputs, device=self.generator.device), cache)
         highest, likeliest = outcome.logits.max(-1)
         require_finite(highest.isfinite().all(), self.generator.dtype)
         predictions: list[list[int]] = likeliest.tolist()
@@ -183,7 +186,9 @@ class SpeculativeDecoder:
         batch_size = len(cache.lengths)
         if batch_size not in self._controls:
             choice = len(self.widths) > 1
-            seconds = self._pass.measure(self.widths, cache) if choice else {self.widths[0]: 1.0}
+            seconds = (
+                self.generator.fixed_width.measure(self.widths, cache) if choice else {self.widths[0]: 1.0}
+            )
             self._controls[batch_size] = DraftControl(self.widths, seconds)
         return self._controls[batch_size]
 

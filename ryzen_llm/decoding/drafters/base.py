@@ -59,6 +59,9 @@ class Drafter(ABC):
 
     name: str
 
+    def forget(self) -> None:  # noqa: B027
+        """Forget what earlier texts have taught, for measurements that repeat a text."""
+
     @abstractmethod
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
         """A session for a text: the prompt and its first new token.

@@ -27,6 +27,10 @@ class RecyclingDrafter(Drafter):
     name = "recycling"
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """See `Drafter.forget`."""
         self.tables: list[Table] = [{} for _ in CONTEXTS]
 
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:

@@ -99,6 +99,8 @@ def test_predictions_are_reused_also_after_rejected_tokens() -> None:
     session.update(step([3], [8], [8]))
     assert session.propose(4).tokens == [4], "after 8 the model had predicted 4"
     assert propose(drafter, [2], 9).tokens == [3, 8, 4], "the table is kept from text to text"
+    drafter.forget()
+    assert propose(drafter, [2], 9).tokens == []
 
 
 def test_the_longer_context_decides() -> None:
