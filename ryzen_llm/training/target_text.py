@@ -130,7 +130,8 @@ class TargetTextModule(pl.LightningDataModule):
         val_fraction: Share of the written batches held out, at least one.
         seed: Of what is drawn, and of the order.
 
-    Raises InputError for a number that cannot work, and in `prepare_data` for a damaged file.
+    Raises InputError in `prepare_data` for a length that the model cannot have, and in `setup` for a damaged
+    file.
     """
 
     def __init__(
@@ -146,9 +147,6 @@ class TargetTextModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("texts", texts), ("length", length), ("batch_size", batch_size)):
-            if value < 1:
-                raise InputError(f"drafter.{name} is {value}, expected 1 or more")
         self.model = model
         self.turns = turns
         self.path = path
