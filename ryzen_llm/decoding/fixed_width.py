@@ -1,6 +1,7 @@
 """The model over a fixed number of tokens of each text: one compiled graph for each such width."""
 
 import time
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,11 @@ class Outcome(NamedTuple):
 
 
 class FixedWidthPass:
-    """Reads `width` tokens of each text with a cache. Results on CUDA are overwritten by the next call."""
+    """Reads `width` tokens of each text with a cache; plain decoding is that with a width of 1.
+
+    The whole pass is one graph: a graph a block would pay for Python and guards once a block. On CUDA it is
+    recorded and replayed, and the results are overwritten by the next call.
+    """
 
     def __init__(self, model: Transformer, device: torch.device, compile: bool) -> None:
         self.model = model
@@ -32,7 +37,7 @@ class FixedWidthPass:
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
-        self._marked = (0, 0)
+        self._marked: weakref.ref[Tensor] | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Outcome:
         """What follows each of `tokens` (batch, width) int64, which are added to `cache`."""
@@ -45,17 +50,17 @@ class FixedWidthPass:
                 self._graphs[width] = GraphedStep(self._run, cache, tokens)
             return self._graphs[width](tokens)
         positions = cache.append(width)
-        if tokens.shape[0] > 1:  # texts of one length take the graph of texts of different lengths
+        if width > 1:  # texts of one length take the graph of texts of different lengths
             positions = positions.view(-1, width).expand(tokens.shape)
             for layer in cache.layers:
                 layer.positions = positions
         if not self.compile:
             return self._run(tokens, positions, cache.layers)
-        state = (id(cache), cache.layers[0].num_slots)
-        if state != self._marked:  # marks stay on the tensors
+        buffer = cache.layers[-1].keys.codes
+        if self._marked is None or self._marked() is not buffer:  # marks stay on the tensors until they grow
             for layer in cache.layers:
                 layer.mark_dynamic()
-            self._marked = state
+            self._marked = weakref.ref(buffer)
         if tokens.shape in self._compiled:
             return self._run(tokens, positions, cache.layers)
         self._compiled.add(tokens.shape)

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ryzen_llm.cache import KVCache, LayerCache, LayerFormat, build_cache, check_names
-from ryzen_llm.decoding.cuda_graph import GraphedStep
+from ryzen_llm.cache import KVCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.drafters import Drafter
 from ryzen_llm.decoding.fixed_width import FixedWidthPass
 from ryzen_llm.decoding.generation import Generation, require_finite
@@ -77,10 +76,7 @@ class Generator:
             quantise_weights(self.model, weights)
         # Asking for one graph is an error where the user has switched the compiler off.
         disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-        compile = compile and not disabled
-        # The whole step is one graph: a graph a block would pay for Python and guards once a block.
-        self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
-        self.fixed_width = FixedWidthPass(self.model, self.device, compile)
+        self.fixed_width = FixedWidthPass(self.model, self.device, compile and not disabled)
         self.speculation = SpeculativeDecoder(self, drafter) if drafter else None
 
     @torch.inference_mode()
@@ -132,11 +128,11 @@ class Generator:
         stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
         # Waiting for the device at every token would leave it idle; a CPU is not waited for.
         interval = 1 if self.device.type == "cpu" or on_token is not None else STOP_CHECK_INTERVAL
-        logits = self._next_logits(input_ids, cache.append(prompt_length), cache.layers)
+        hidden_states = self.model.run_blocks(input_ids, cache.append(prompt_length), cache.layers)
+        logits = self.model.logits(hidden_states[:, -1])
         finite = logits.isfinite().all()
         new_ids: list[Tensor] = []
         first_token_at = started
-        step: Callable[[Tensor], Tensor] | None = None
         while True:
             token = sampling.sample(logits, rng)
             new_ids.append(torch.where(stopped, new_ids[-1], token) if new_ids else token)
@@ -150,9 +146,7 @@ class Generator:
                     break
             if len(new_ids) == max_new_tokens:
                 break
-            if step is None:
-                step = self._decoding_step(cache, token[:, None])
-            logits = step(new_ids[-1][:, None])
+            logits = self.fixed_width(new_ids[-1][:, None], cache).logits[:, 0]
             finite &= logits.isfinite().all()
 
         seconds = self._now() - first_token_at
@@ -181,24 +175,6 @@ class Generator:
             dtype=self.dtype,
             device=self.device,
         )
-
-    def _next_logits(self, input_ids: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Tensor:
-        return self.model.logits(self.model.run_blocks(input_ids, positions, layers)[:, -1])
-
-    def _decoding_step(self, cache: KVCache, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """From tokens (batch, 1) to the logits after them."""
-        if self.device.type == "cuda":
-            cache.reserve(cache.max_length)
-            return GraphedStep(self._step, cache, tokens)
-
-        def step(tokens: Tensor) -> Tensor:
-            positions = cache.append(1)
-            if self.compile:
-                for layer in cache.layers:
-                    layer.mark_dynamic()
-            return self._step(tokens, positions, cache.layers)
-
-        return step
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -86,7 +86,7 @@ class DrafterOrchestrator(Orchestrator):
     def _batches(self, split: Literal["train", "val"], count: int) -> list[Tensor]:
         """The later halves, since the texts begin alike."""
         loader = self.texts.train_dataloader() if split == "train" else self.texts.val_dataloader()
-        return [ids[:, ids.shape[1] // 2 :] for ids, _ in islice(loader, count)]
+        return [ids[:, ids.shape[1] // 2 :] for ids, _, _ in islice(loader, count)]
 
     def _claims(self) -> list[Claim]:
         context = self._claim_context(self._trained_model())

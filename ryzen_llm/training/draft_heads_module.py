@@ -13,8 +13,8 @@ from ryzen_llm.kernels import linear_cross_entropy
 from ryzen_llm.model import Transformer
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 
-Batch = tuple[Tensor, Tensor]
-"""Ids (batch, time) int64 of a text that the model wrote, and which of them it chose, (batch, time) bool."""
+Batch = tuple[Tensor, Tensor, Tensor]
+"""As `TargetTextModule` gives them: ids and which of them the model chose, (batch, time), hidden states."""
 
 
 class DraftHeadsModule(pl.LightningModule):
@@ -67,10 +67,9 @@ class DraftHeadsModule(pl.LightningModule):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss, and for each position whether the first token, and how many in a row, were right."""
-        ids, own = batch
-        with torch.no_grad():
-            states = self.target.hidden_states(ids)
-            embedded = self.target.embedding.lookup(ids)
+        ids, own, hidden_states = batch
+        embedded = self.target.embedding.lookup(ids).detach()
+        states = hidden_states.to(embedded.dtype)
         losses = []
         right = []
         time, depth = ids.shape[1], self.heads.config.depth

@@ -50,14 +50,15 @@ def write_texts(
     longest_question: int = 64,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Conversations in which the model plays both parts, as in Magpie (Xu et al. 2024, arXiv:2406.08464).
 
     What a user says is drawn at temperature 1, answers are greedy, and one turn follows the other until there
     are `length` tokens. All texts are decoded together; `on_token` is called with how many tokens each has.
 
-    Returns the ids (texts, length) int64, and for each whether it is of an answer, bool. Raises InputError
-    for a length beyond the model's context.
+    Returns `ids` (texts, length) int64, `own` of that shape, whether the model chose the token in an answer,
+    bool, and `hidden_states` (texts, length - 1, hidden_size), what its output head saw at all but the last.
+    Raises InputError for a length beyond the model's context.
     """
     config = model.config
     if not len(turns.before_user) < length <= config.max_position_embeddings:
@@ -75,8 +76,10 @@ def write_texts(
     answered = [[False] * len(turns.before_user) for _ in range(texts)]
     question, answer = Sampling(1.0), Sampling()
     unread = torch.tensor(rows, device=weight.device)
+    seen: list[Tensor] = []
     for time in range(len(turns.before_user), length):
-        logits = model.logits(model.run_blocks(unread, cache.append(unread.shape[1]), cache.layers)[:, -1])
+        seen.append(model.run_blocks(unread, cache.append(unread.shape[1]), cache.layers))
+        logits = model.logits(seen[-1][:, -1])
         drawn, likeliest = question.sample(logits, rng).tolist(), answer.sample(logits).tolist()
         for row, writer in enumerate(writers):
             token, own = writer.next(drawn[row], likeliest[row])
@@ -85,7 +88,11 @@ def write_texts(
         unread = torch.tensor([row[-1:] for row in rows], device=weight.device)
         if on_token is not None:
             on_token(time + 1)
-    return torch.tensor(rows), torch.tensor(answered)
+    return {
+        "ids": torch.tensor(rows),
+        "own": torch.tensor(answered),
+        "hidden_states": torch.cat(seen, 1).cpu(),
+    }
 
 
 class _Writer:
@@ -116,7 +123,7 @@ class _Writer:
 
 
 class TargetTextModule(pl.LightningDataModule):
-    """Texts of a model by itself in batches, (ids, whose) as `write_texts` gives them.
+    """Texts of a model by itself in batches, (ids, own, hidden_states) as `write_texts` gives them.
 
     They are written once, in `prepare_data`, to `path`, batch by batch, so that an interruption costs one.
 
@@ -161,7 +168,7 @@ class TargetTextModule(pl.LightningDataModule):
         self.path.mkdir(parents=True, exist_ok=True)
         for part in range(self.parts):
             if not self._file(part).is_file():
-                ids, own = write_texts(
+                written = write_texts(
                     self.model,
                     self.turns,
                     texts=WRITTEN_AT_ONCE,
@@ -169,7 +176,7 @@ class TargetTextModule(pl.LightningDataModule):
                     seed=self.seed + part,
                 )
                 temporary = self._file(part).with_suffix(".part")
-                temporary.write_bytes(save({"ids": ids.int(), "own": own}))
+                temporary.write_bytes(save(written))
                 os.replace(temporary, self._file(part))
 
     def setup(self, stage: str) -> None:
@@ -183,7 +190,7 @@ class TargetTextModule(pl.LightningDataModule):
 
     def vocabulary(self, size: int) -> Tensor:
         """The ids that answers use most, `size` of them at most, ascending int64."""
-        ids, own = self.train.tensors
+        ids, own, _ = self.train.tensors
         counts = ids[own].bincount(minlength=self.model.config.vocab_size)
         return counts.topk(min(size, len(counts))).indices.sort().values
 
@@ -199,9 +206,9 @@ class TargetTextModule(pl.LightningDataModule):
     def _file(self, part: int) -> Path:
         return self.path / f"{self.length}-{self.seed + part}.safetensors"
 
-    def _read(self, part: int) -> tuple[Tensor, Tensor]:
+    def _read(self, part: int) -> tuple[Tensor, ...]:
         try:
             tensors = load_file(self._file(part))
-            return tensors["ids"].long(), tensors["own"]
+            return tensors["ids"], tensors["own"], tensors["hidden_states"]
         except (SafetensorError, OSError, KeyError) as error:
             raise InputError(f"{self._file(part)}: damaged ({error}); delete it to write it anew") from error

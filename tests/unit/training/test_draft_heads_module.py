@@ -36,16 +36,20 @@ def target() -> Transformer:
 
 def test_answers_are_what_the_model_finds_likeliest(target: Transformer) -> None:
     """Every token that counts as its own, scored again without a cache."""
-    ids, own = write_texts(target, TURNS, texts=6, length=90, longest_question=7, seed=1)
+    written = write_texts(target, TURNS, texts=6, length=90, longest_question=7, seed=1)
+    ids, own = written["ids"], written["own"]
     with torch.no_grad():
         likeliest = target(ids).argmax(-1)
+        torch.testing.assert_close(
+            written["hidden_states"], target.hidden_states(ids)[:, :-1], atol=1e-4, rtol=1e-4
+        )
     assert torch.equal(ids[:, 1:][own[:, 1:]], likeliest[:, :-1][own[:, 1:]])
     assert 0.3 < own.float().mean() < 1
 
 
 def test_turns_follow_each_other_as_laid_out(target: Transformer) -> None:
-    ids, own = write_texts(target, TURNS, texts=6, length=120, longest_question=7, seed=2)
-    for row, chosen in zip(ids.tolist(), own.tolist(), strict=True):
+    written = write_texts(target, TURNS, texts=6, length=120, longest_question=7, seed=2)
+    for row, chosen in zip(written["ids"].tolist(), written["own"].tolist(), strict=True):
         assert row[:2] == [1, 2]
         begins = [i for i in range(1, 120) if chosen[i] and not chosen[i - 1]]
         ends = [i for i in range(119) if chosen[i] and not chosen[i + 1]]
@@ -92,7 +96,7 @@ def test_trained_heads_draft_better_and_the_target_stays(target: Transformer, tm
 
     generator = Generator(target, weights="fp32")
     decoder = SpeculativeDecoder(generator, HeadsDrafter(module.heads, generator.model), widths=(4,))
-    ids, own = (tensor[:, :64] for tensor in data.val[:4])
+    ids, own, _ = data.val[:4]
     prompt = ids[0, : int(own[0].nonzero()[0])]
     out = decoder.generate(prompt, max_new_tokens=30)
     assert out.accepted_per_step is not None
