@@ -93,7 +93,7 @@ def _prompts(by_category: dict[str, list[Tensor]], options: argparse.Namespace) 
             f"--prompts {options.prompts}: has {len(chosen)} of {options.prompt_tokens} tokens, expected "
             f"{options.texts}: lower --texts or --prompt-tokens"
         )
-    return list(torch.cat(chosen[: options.texts]).split(options.batch))
+    return list(torch.split(torch.cat(chosen[: options.texts]), options.batch))
 
 
 def _decode(
@@ -119,9 +119,8 @@ def differences(
     first = torch.where(different.any(1), different.int().argmax(1), plain.shape[1])
     gaps: list[float] = []
     noises: list[Tensor] = []
-    for batch, texts, ends in zip(
-        prompts, *(x.split([len(b) for b in prompts]) for x in (plain, first)), strict=True
-    ):
+    sizes = [len(batch) for batch in prompts]
+    for batch, texts, ends in zip(prompts, torch.split(plain, sizes), torch.split(first, sizes), strict=True):
         passes = [
             (generator.new_cache(len(batch), batch.shape[1] + texts.shape[1] + w), w) for w in (1, width)
         ]

@@ -172,8 +172,8 @@ def show(arms: Mapping[str, Any], console: Console) -> None:
         for heading in ("arm", *categories, "geometric mean"):
             table.add_column(heading, justify="right")
         for name, figures in measured.items():
-            paces = [_pace(figures[category], pace) for category in categories]
-            if None in paces:
+            paces = [rate for category in categories if (rate := _pace(figures[category], pace))]
+            if len(paces) < len(categories):
                 continue
             base = measured.get(baseline(name), {})
             ratios = [

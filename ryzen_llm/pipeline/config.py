@@ -108,7 +108,7 @@ class DrafterOptions:
     depth: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("texts", 2), ("length", 64), ("vocab_size", 1)):
+        for name, least in (("texts", 1), ("length", 64), ("vocab_size", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"drafter.{name} is {getattr(self, name)}, expected {least} or more")
 

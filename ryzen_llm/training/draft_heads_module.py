@@ -32,6 +32,7 @@ class DraftHeadsModule(pl.LightningModule):
     """
 
     index: Tensor
+    rows: Tensor
 
     def __init__(
         self,

@@ -134,7 +134,7 @@ class TargetTextModule(pl.LightningDataModule):
         texts: How many, at least; whole batches are written.
         length: Tokens of each.
         batch_size: Texts of a training batch.
-        val_fraction: Share of the written batches held out, at least one.
+        val_fraction: Share of the texts held out, at least one.
         seed: Of what is drawn, and of the order.
 
     Raises InputError in `prepare_data` for a length that the model cannot have, and in `setup` for a damaged
@@ -157,10 +157,10 @@ class TargetTextModule(pl.LightningDataModule):
         self.model = model
         self.turns = turns
         self.path = path
-        self.parts = max(2, -(-texts // WRITTEN_AT_ONCE))
+        self.parts = -(-texts // WRITTEN_AT_ONCE)
         self.length = length
         self.batch_size = batch_size
-        self.held_out = max(1, round(val_fraction * self.parts))
+        self.held_out = max(1, round(val_fraction * self.parts * WRITTEN_AT_ONCE))
         self.seed = seed
 
     def prepare_data(self) -> None:
@@ -181,12 +181,10 @@ class TargetTextModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read the texts."""
-        read = [self._read(part) for part in range(self.parts)]
-        held_out, rest = read[: self.held_out], read[self.held_out :]
-        self.val, self.train = (
-            TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-            for parts in (held_out, rest)
-        )
+        parts = [self._read(part) for part in range(self.parts)]
+        texts = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        self.val = TensorDataset(*(tensor[: self.held_out] for tensor in texts))
+        self.train = TensorDataset(*(tensor[self.held_out :] for tensor in texts))
 
     def vocabulary(self, size: int) -> Tensor:
         """The ids that answers use most, `size` of them at most, ascending int64."""

@@ -19,6 +19,7 @@ from ryzen_llm.decoding.weights import GROUP, Int4Linear
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import rms_norm, swiglu
 from ryzen_llm.model import Transformer
+from ryzen_llm.model.embedding import Embedding
 
 CONFIDENCE_LEVELS = 8
 FORMAT = "ryzen-llm draft heads 1"
@@ -166,7 +167,7 @@ def output_rows(model: Transformer, vocabulary: Tensor) -> Tensor:
 class _Unrolled(nn.Module):
     """All depths of a draft at once, so that one graph holds them."""
 
-    embedding: nn.Module
+    embedding: Embedding
 
     def __init__(self, heads: DraftHeads, rows: Tensor) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ryzen_llm.decoding import Draft
 from ryzen_llm.decoding.adaptive import PROBE_INTERVAL, DraftControl
 
-SECONDS = {1: 1.0, 4: 1.5, 8: 3.0}
+SECONDS = {1: 1.0, 4: 1.5, 8: 2.5}
 
 
 def taught(rate: float, name: str = "a", signal: int = 0, depth: int = 7) -> DraftControl:

@@ -62,7 +62,7 @@ def test_turns_follow_each_other_as_laid_out(target: Transformer) -> None:
 
 
 def test_texts_are_written_once(target: Transformer, tmp_path: Path) -> None:
-    data = TargetTextModule(target, TURNS, tmp_path / "texts", texts=10, length=40)
+    data = TargetTextModule(target, TURNS, tmp_path / "texts", texts=50, length=40)
     data.prepare_data()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "texts").iterdir()}
     assert len(before) == 2
@@ -84,7 +84,12 @@ def test_trained_heads_draft_better_and_the_target_stays(target: Transformer, tm
         target, HeadsConfig(32, 64, 3), data.vocabulary(48), OptimizerConfig(learning_rate=1e-2)
     )
     trainer = pl.Trainer(
-        max_epochs=12, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+        max_epochs=12,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+        inference_mode=False,  # which the metrics of a validation before fitting would not survive
     )
     untrained = trainer.validate(module, data, verbose=False)[0]
     trainer.fit(module, data)
