@@ -47,7 +47,7 @@ def write_texts(
     *,
     texts: int,
     length: int,
-    longest_question: int = 64,
+    longest_question: int,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -173,6 +173,7 @@ class TargetTextModule(pl.LightningDataModule):
                     self.turns,
                     texts=WRITTEN_AT_ONCE,
                     length=self.length,
+                    longest_question=min(64, self.length // 4),
                     seed=self.seed + part,
                 )
                 temporary = self._file(part).with_suffix(".part")
