@@ -45,7 +45,7 @@ class DraftHeadsModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.heads = DraftHeads(heads, vocabulary)
-        self._target = [target.eval().requires_grad_(False)]  # in a list, it is none of this module's parts
+        self._target = [target.eval()]  # in a list, it is none of this module's parts
         index = torch.full((target.config.vocab_size,), IGNORED)
         index[vocabulary] = torch.arange(len(vocabulary))
         self.register_buffer("index", index, persistent=False)
