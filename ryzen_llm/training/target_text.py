@@ -193,6 +193,12 @@ class TargetTextModule(pl.LightningDataModule):
         counts = ids[own].bincount(minlength=self.model.config.vocab_size)
         return counts.topk(min(size, len(counts))).indices.sort().values
 
+    @property
+    def unigram_entropy(self) -> float:
+        """Of the tokens of answers, in nats: what a guess by frequency alone would lose at each."""
+        ids, own, _ = self.train.tensors
+        return float(torch.distributions.Categorical(probs=ids[own].bincount().float()).entropy())
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled batches."""
         order = torch.Generator().manual_seed(self.seed)
