@@ -99,7 +99,7 @@ def test_files_that_are_not_heads_are_refused(heads: DraftHeads, tmp_path: Path)
         DraftHeads.load(tmp_path / "a.safetensors")
     heads.vocabulary[0] = -1
     heads.save(tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="damaged .the vocabulary is no list of ids"):
+    with pytest.raises(InputError, match=r"damaged \(the vocabulary is no list of ids"):
         DraftHeads.load(tmp_path / "a.safetensors")
     heads.vocabulary[0] = 3
     save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
