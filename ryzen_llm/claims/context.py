@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ryzen_llm.cache import check_names
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import cross_entropy
 from ryzen_llm.model import Transformer
 
 _FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
@@ -74,11 +73,6 @@ class Optimizations:
 
     def __post_init__(self) -> None:
         check_names([self.kv_cache])
-
-
-def plain_loss(model: Transformer, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`Transformer.loss` as it is commonly written, from all logits at once: that of the baselines."""
-    return cross_entropy(model(input_ids), targets)
 
 
 @dataclass(frozen=True)

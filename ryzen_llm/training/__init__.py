@@ -1,12 +1,15 @@
 """Training: the LightningModule, its optimiser and schedules, and its checkpoints."""
 
 from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newest_checkpoint
+from ryzen_llm.training.kernel_optimizer import KernelOptimizer, OpChoice
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
 
 __all__ = [
+    "KernelOptimizer",
     "LanguageModule",
+    "OpChoice",
     "OptimizerConfig",
     "build_adamw",
     "check_resumable",
