@@ -4,11 +4,12 @@ from ryzen_llm.data import TextDataModule
 from ryzen_llm.decoding import Generator, KVCacheOptimizer, SpeculativeDecoder
 from ryzen_llm.interop import export_pretrained, load_pretrained
 from ryzen_llm.model import ModelConfig, Transformer
-from ryzen_llm.training import LanguageModule
+from ryzen_llm.training import KernelOptimizer, LanguageModule
 
 __all__ = [
     "Generator",
     "KVCacheOptimizer",
+    "KernelOptimizer",
     "LanguageModule",
     "ModelConfig",
     "SpeculativeDecoder",

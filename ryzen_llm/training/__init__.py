@@ -2,6 +2,7 @@
 
 from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newest_checkpoint
 from ryzen_llm.training.draft_heads_module import DraftHeadsModule
+from ryzen_llm.training.kernel_optimizer import KernelOptimizer, OpChoice
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
@@ -9,7 +10,9 @@ from ryzen_llm.training.target_text import TargetTextModule, Turns
 
 __all__ = [
     "DraftHeadsModule",
+    "KernelOptimizer",
     "LanguageModule",
+    "OpChoice",
     "OptimizerConfig",
     "TargetTextModule",
     "Turns",
