@@ -2,11 +2,13 @@
 
 from ryzen_llm.kernels.cached_attention import Stored, cached_attention
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
+from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.geglu import geglu
 from ryzen_llm.kernels.hadamard import hadamard
 from ryzen_llm.kernels.hardware import CpuCaches, CpuFeatures, cpu_caches, cpu_features, supports_bf16
 from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
+from ryzen_llm.kernels.packed_rows import PackedRows, pack, packed_linear, packed_lookup, unpack
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
 from ryzen_llm.kernels.rotary import apply_rotary, rotary_table
@@ -15,20 +17,26 @@ from ryzen_llm.kernels.swiglu import swiglu
 __all__ = [
     "CpuCaches",
     "CpuFeatures",
+    "PackedRows",
     "RopeScaling",
     "Stored",
     "apply_rotary",
     "cached_attention",
     "causal_attention",
+    "chunked_cross_entropy",
     "cpu_caches",
     "cpu_features",
     "cross_entropy",
     "geglu",
     "hadamard",
     "linear_cross_entropy",
+    "pack",
+    "packed_linear",
+    "packed_lookup",
     "rms_norm",
     "rotary_table",
     "supports_bf16",
     "swiglu",
+    "unpack",
     "visible",
 ]

@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         hidden_states = self.hidden_states(input_ids)
         compiled = self.norm._compiled_call_impl is not None  # by `compile_blocks`
         if self.head is None:
-            return linear_cross_entropy(*self.embedding.head(hidden_states), targets, compiled=compiled)
+            return self.embedding.loss(hidden_states, targets, compiled)
         return linear_cross_entropy(hidden_states, self.head.weight, targets, compiled=compiled)
 
     def compile_blocks(self) -> None:
