@@ -58,6 +58,14 @@ class Embedding(nn.Module, ABC):
         """Bytes of the dense matrix in bf16 over all bytes of `compressed()` in bf16."""
         return 2 * self.vocab_size * self.hidden_size / self.compressed().to(torch.bfloat16).bytes_resident
 
+    def _check_ids(self, input_ids: Tensor) -> None:
+        """Raise InputError for ids out of range, where that makes no device wait and no graph break."""
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+            return
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(f"input_ids reach from {low} to {high}, expected 0 to {self.vocab_size - 1}")
+
     def _start(self, vocab_size: int, hidden_size: int, settings: Mapping[str, Any]) -> None:
         """nn.Module's own, and what every kind keeps."""
         nn.Module.__init__(self)

@@ -28,6 +28,7 @@ class HashedEmbedding(Embedding):
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """See `Embedding.lookup`."""
+        self._check_ids(input_ids)
         buckets = len(self.remainders)
         quotients = F.embedding(input_ids // buckets, self.quotients)
         return quotients * F.embedding(input_ids % buckets, self.remainders)

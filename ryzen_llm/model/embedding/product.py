@@ -94,6 +94,7 @@ class ProductEmbedding(CompressedEmbedding):
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """See `Embedding.lookup`."""
+        self._check_ids(input_ids)
         rows = input_ids.flatten()
         values = self._decoded(rows) if self.weight is None else self._assigned(F.embedding(rows, self.weight))
         return values.view(*input_ids.shape, self.hidden_size)

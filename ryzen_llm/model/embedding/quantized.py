@@ -110,6 +110,7 @@ class QuantizedEmbedding(CompressedEmbedding):
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """See `Embedding.lookup`."""
+        self._check_ids(input_ids)
         rows = input_ids.flatten()
         if self.position is not None:
             rows = self.position[rows].long()
