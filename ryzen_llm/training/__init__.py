@@ -1,13 +1,18 @@
 """Training: the LightningModule, its optimiser and schedules, and its checkpoints."""
 
 from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newest_checkpoint
+from ryzen_llm.training.draft_heads_module import DraftHeadsModule
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
+from ryzen_llm.training.target_text import TargetTextModule, Turns
 
 __all__ = [
+    "DraftHeadsModule",
     "LanguageModule",
     "OptimizerConfig",
+    "TargetTextModule",
+    "Turns",
     "build_adamw",
     "check_resumable",
     "choose_precision",

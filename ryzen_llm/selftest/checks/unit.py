@@ -7,6 +7,7 @@ import torch
 from ryzen_callbacks import Claim, OptimizationValidator, TrainingMetricsCollector, TrainingMetricsReport
 
 from ryzen_llm.cache import build_cache
+from ryzen_llm.decoding import Generator, SpeculativeDecoder
 from ryzen_llm.selftest.trained import Trained
 
 
@@ -43,8 +44,17 @@ def test_kv_cache_initialization(trained: Trained) -> None:
     torch.testing.assert_close(again, first[:, length // 2 :], atol=1e-3, rtol=1e-3)
 
 
-def test_speculative_decoding_setup() -> None:
-    pytest.skip("SpeculativeDecoder is not built yet")
+def test_speculative_decoding_setup(trained: Trained) -> None:
+    """Drafts or none, over the same graph: the same ids."""
+    generator = Generator(trained.model, weights="fp32")
+    plain, speculative = (
+        SpeculativeDecoder(generator, drafter, widths=[4]).generate(
+            trained.prompt, max_new_tokens=trained.new_tokens
+        )
+        for drafter in ([], ["suffix", "recycling"])
+    )
+    assert plain.new_ids.tolist() == speculative.new_ids.tolist()
+    assert plain.accepted_per_step in (1.0, None)
 
 
 def test_metrics_collection(trained: Trained) -> None:
