@@ -13,11 +13,8 @@ from ryzen_llm.model.embedding.product import ProductEmbedding
 from ryzen_llm.model.embedding.quantized import QuantizedEmbedding, allocate_bits
 
 EMBEDDINGS: dict[str, type[Embedding]] = {
-    "dense": DenseEmbedding,
-    "factorized": FactorizedEmbedding,
-    "hashed": HashedEmbedding,
-    "product": ProductEmbedding,
-    "quantized": QuantizedEmbedding,
+    kind.kind: kind
+    for kind in (DenseEmbedding, FactorizedEmbedding, HashedEmbedding, ProductEmbedding, QuantizedEmbedding)
 }
 
 

@@ -22,6 +22,8 @@ class Embedding(nn.Module, ABC):
     numbers and lists, those that the class keeps in `settings`.
     """
 
+    kind: str
+    """Its name in `EMBEDDINGS`."""
     vocab_size: int
     hidden_size: int
     settings: dict[str, Any]

@@ -11,6 +11,8 @@ from ryzen_llm.model.embedding.base import Embedding
 class DenseEmbedding(Embedding):
     """A (vocab_size, hidden_size) table, drawn from a normal distribution of deviation 0.02."""
 
+    kind = "dense"
+
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         self._start(vocab_size, hidden_size, {})
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
@@ -27,3 +29,7 @@ class DenseEmbedding(Embedding):
     def loss(self, hidden_states: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
         """See `Embedding.loss`."""
         return linear_cross_entropy(hidden_states, self.weight, targets, compiled=compiled)
+
+    def dense_weight(self) -> Tensor:
+        """See `Embedding.dense_weight`; the table itself, no copy."""
+        return self.weight.detach()

@@ -25,6 +25,8 @@ class FactorizedEmbedding(CompressedEmbedding):
         rank: From 1 to hidden_size; bytes are saved below vocab_size * hidden_size / (both's sum).
     """
 
+    kind = "factorized"
+
     def __init__(self, vocab_size: int, hidden_size: int, *, rank: int = 64) -> None:
         rank = require("rank", rank, 1, min(vocab_size, hidden_size))
         self._start(vocab_size, hidden_size, {"rank": rank})

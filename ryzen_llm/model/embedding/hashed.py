@@ -18,6 +18,8 @@ class HashedEmbedding(Embedding):
         buckets: Rows of the table of remainders, from 1 to vocab_size.
     """
 
+    kind = "hashed"
+
     def __init__(self, vocab_size: int, hidden_size: int, *, buckets: int = 1024) -> None:
         buckets = require("buckets", buckets, 1, vocab_size)
         self._start(vocab_size, hidden_size, {"buckets": buckets})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -33,15 +32,26 @@ class ProductEmbedding(CompressedEmbedding):
         width: Columns of a vector.
         entries: Of each codebook, 2 to 256.
         stages: Codebooks for each vector.
+        packed: Build the packed form, to load one.
     """
 
+    kind = "product"
+
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, width: int = 8, entries: int = 256, stages: int = 1
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        width: int = 8,
+        entries: int = 256,
+        stages: int = 1,
+        packed: bool = False,
     ) -> None:
         settings = {
             "width": require("width", width, 1, hidden_size),
             "entries": require("entries", entries, 2, min(256, vocab_size)),
             "stages": require("stages", stages, 1, 8),
+            "packed": packed,
         }
         self._start(vocab_size, hidden_size, settings)
         if hidden_size % width:
@@ -50,8 +60,12 @@ class ProductEmbedding(CompressedEmbedding):
             )
         self.stages, self.vectors = stages, hidden_size // width
         self.codebooks = nn.Parameter(torch.empty(stages, self.vectors, entries, width))
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.normal_(self.weight, std=0.02)
+        self.weight: nn.Parameter | None = None
+        if packed:
+            self.codes = nn.Buffer(torch.zeros(stages, vocab_size, self.vectors, dtype=torch.uint8))
+        else:
+            self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+            nn.init.normal_(self.weight, std=0.02)
         for stage in range(stages):
             nn.init.normal_(self.codebooks[stage], std=0.02 / 2**stage)
 
@@ -64,8 +78,7 @@ class ProductEmbedding(CompressedEmbedding):
         are trained on a sample of the rows.
         """
         check_dense(weight, calibration)
-        made = cls(*weight.shape, **settings)
-        made.become_packed()
+        made = cls(*weight.shape, **settings | {"packed": True})
         entries, width = made.codebooks.shape[2:]
         column_scale = calibration.hessian.diagonal().sqrt()
         white = (weight.float() * column_scale).unflatten(-1, (-1, width)).transpose(0, 1).contiguous()
@@ -126,18 +139,11 @@ class ProductEmbedding(CompressedEmbedding):
         """See `Embedding.compressed`: the packed form."""
         if self.weight is None:
             return super().compressed()
-        made = type(self)(self.vocab_size, self.hidden_size, **self.settings)
-        made.become_packed()
+        made = type(self)(self.vocab_size, self.hidden_size, **self.settings | {"packed": True})
         with torch.no_grad():
             made.codebooks.copy_(self.codebooks)
             made.codes.copy_(self._codes(self.weight))
         return made.to(self.codebooks.device)
-
-    def become_packed(self) -> None:
-        """Drop what training needs, and make room for the packed form."""
-        shape = (self.stages, self.vocab_size, self.vectors)
-        self.codes = nn.Buffer(torch.zeros(shape, dtype=torch.uint8))
-        self.weight = None
 
     def _codes(self, values: Tensor) -> Tensor:
         """The nearest entries, stage after stage, of `values` (rows, hidden_size): (stages, rows, vectors)."""
@@ -160,11 +166,6 @@ class ProductEmbedding(CompressedEmbedding):
         vectors = torch.arange(self.vectors, device=codes.device)
         entries = [books[vectors, code] for books, code in zip(self.codebooks, codes, strict=True)]
         return torch.stack(entries).sum(0).flatten(-2)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if self.weight is not None and f"{prefix}codes" in state_dict:
-            self.become_packed()
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
 
 def _nearest(rows: Tensor, books: Tensor) -> Tensor:

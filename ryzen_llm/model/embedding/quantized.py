@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -37,7 +36,10 @@ class QuantizedEmbedding(CompressedEmbedding):
         group_size: Columns that share a scale; 0 stands for the whole row. Without rotation, 32 or 64.
         rotate: Spread each row's columns over all others first, so that one scale suits them all.
         reordered: Whether the rows are in another order than that of the ids.
+        packed: Build the packed form, to load one.
     """
+
+    kind = "quantized"
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         group_size: int = 0,
         rotate: bool = True,
         reordered: bool = False,
+        packed: bool = False,
     ) -> None:
         self._start(vocab_size, hidden_size, {})
         self.tiers = check_tiers(bits, vocab_size)
@@ -62,22 +65,29 @@ class QuantizedEmbedding(CompressedEmbedding):
             "group_size": group_size,
             "rotate": rotate,
             "reordered": reordered,
+            "packed": packed,
         }
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (hidden_size,), generator=draw, dtype=torch.int8, device="cpu") * 2 - 1
         self.register_buffer("signs", signs if rotate else None)
         index = torch.uint16 if vocab_size <= 2**16 else torch.int32
         self.register_buffer("position", torch.arange(vocab_size).to(index) if reordered else None)
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        self.log_scale: nn.Parameter | None = nn.Parameter(
-            torch.empty(vocab_size * (hidden_size // self.group))
-        )
+        self.weight: nn.Parameter | None = None
+        self.log_scale: nn.Parameter | None = None
+        groups = hidden_size // self.group
+        if packed:
+            for i, (rows, bits) in enumerate(self.tiers):
+                codes = torch.zeros(rows, groups, self.group * bits // 8, dtype=torch.uint8)
+                self.register_buffer(f"codes_{i}", codes)
+                # A parameter, so that it follows the model's floating dtype; it is not trained.
+                scale = nn.Parameter(torch.ones(rows, groups), requires_grad=False)
+                self.register_parameter(f"scale_{i}", scale)
+            return
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         with torch.no_grad():
-            scales = [
-                gaussian_scale(self.weight[start:stop], bits, self.group) for start, stop, bits in self._spans
-            ]
-            self.log_scale.copy_(torch.cat(scales).log().flatten())
+            scales = [gaussian_scale(self.weight[start:stop], b, self.group) for start, stop, b in self._spans]
+        self.log_scale = nn.Parameter(torch.cat(scales).log().flatten())
 
     @classmethod
     def from_dense(cls, weight: Tensor, calibration: Calibration, **settings: Any) -> Self:
@@ -90,7 +100,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         """`from_dense` in the form to be trained, to heal it. It computes the same as the packed one."""
         check_dense(weight, calibration)
         several = isinstance(settings.get("bits"), list) and len(settings["bits"]) > 1
-        made = cls(*weight.shape, **settings | {"reordered": several})
+        made = cls(*weight.shape, **settings | {"reordered": several, "packed": False})
         assert made.weight is not None and made.log_scale is not None
         weight, hessian = weight.float(), calibration.hessian
         if made.signs is not None:
@@ -187,8 +197,7 @@ class QuantizedEmbedding(CompressedEmbedding):
     @torch.no_grad()
     def _packed(self) -> Self:
         assert self.weight is not None and self.log_scale is not None
-        made = self._empty()
-        made.become_packed()
+        made = type(self)(self.vocab_size, self.hidden_size, **self.settings | {"packed": True})
         if self.position is not None:
             made.position.copy_(self.position)
         scales = self.log_scale.exp().view(self.vocab_size, -1).bfloat16().float()
@@ -197,25 +206,6 @@ class QuantizedEmbedding(CompressedEmbedding):
             made.get_buffer(f"codes_{i}").copy_(pack(codes, bits))
             made.get_parameter(f"scale_{i}").copy_(scales[start:stop])
         return made.to(self.weight.device)
-
-    def _empty(self) -> Self:
-        return type(self)(self.vocab_size, self.hidden_size, **self.settings)
-
-    def become_packed(self) -> None:
-        """Drop what training needs, and make room for the packed form."""
-        groups = self.hidden_size // self.group
-        for i, (rows, bits) in enumerate(self.tiers):
-            codes = torch.zeros(rows, groups, self.group * bits // 8, dtype=torch.uint8)
-            self.register_buffer(f"codes_{i}", codes)
-            # A parameter, so that it follows the model's floating dtype; it is not trained.
-            scale = nn.Parameter(torch.zeros(rows, groups), requires_grad=False)
-            self.register_parameter(f"scale_{i}", scale)
-        self.weight = self.log_scale = None
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        if self.weight is not None and f"{prefix}codes_0" in state_dict:
-            self.become_packed()
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
 
 def check_tiers(bits: int | Tiers, vocab_size: int) -> Tiers:
