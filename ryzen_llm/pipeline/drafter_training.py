@@ -21,7 +21,7 @@ from ryzen_llm.interop import load_pretrained, render_chat
 from ryzen_llm.kernels import supports_bf16
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.orchestrator import Orchestrator
-from ryzen_llm.pipeline.report import Accuracy
+from ryzen_llm.pipeline.report import Accuracy, Kernels
 from ryzen_llm.pipeline.training import train
 from ryzen_llm.selftest import IntegrationTestRunner
 from ryzen_llm.training import DraftHeadsModule, TargetTextModule, Turns
@@ -65,6 +65,9 @@ class DrafterOrchestrator(Orchestrator):
             f"{len(self.texts.train):,} texts of {options.length} tokens; heads with {parameters:,} "
             f"parameters for {len(vocabulary):,} tokens of {Path(options.target).name}"
         )
+
+    def _choose_kernels(self, device: torch.device, precision: str) -> None:
+        self.kernels = Kernels(reason="draft heads are trained with the plain ops")
 
     def _check_resumable(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
