@@ -106,6 +106,31 @@ def test_a_cache_that_is_switched_off_is_not_measured(context: ClaimContext) -> 
     assert all("enable_kv_cache_optimization" in claim.not_measured_because for claim in claims)
 
 
+def test_speculation_is_measured_on_the_same_texts_both_ways(context: ClaimContext) -> None:
+    """Each round starts with empty tables: the texts are those of the round before."""
+    context = dataclasses.replace(context, enabled=Optimizations(drafters=("recycling",)))
+    claim = next(claim for claim in build_claims(context) if claim.name == "speculative_decoding")
+    assert claim.baseline is not None
+    assert claim.optimized is not None
+    plain, first, second = claim.baseline(), claim.optimized(), claim.optimized()
+    assert [out.ids.tolist() for out in plain] == [out.ids.tolist() for out in first]
+    assert "64 tokens generated greedily after each of 4 prompts of 32 tokens" in claim.description
+    assert second[0].accepted_per_step < 4, "a table that knew the text would give nearly 8 tokens a step"
+    result = OptimizationValidator([claim], rounds=1).validate().results[0]
+    assert result.measured
+    assert result.optimized is not None
+    assert "recycling" in result.optimized.name
+
+
+@pytest.mark.parametrize(
+    ("drafters", "message"),
+    [((), "drafters is empty"), (("eagle",), "unknown drafter 'eagle'"), (("suffix",) * 2, "there 2 times")],
+)
+def test_drafters_that_cannot_work_are_named(drafters: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Optimizations(drafters=drafters)
+
+
 def test_bf16_moves_the_loss_a_little(context: ClaimContext) -> None:
     context = dataclasses.replace(context, precision="bf16-mixed")
     claim = build_claims(context)[-1]
