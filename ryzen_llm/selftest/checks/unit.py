@@ -9,8 +9,8 @@ import torch
 from ryzen_callbacks import Claim, OptimizationValidator, TrainingMetricsCollector, TrainingMetricsReport
 
 from ryzen_llm.cache import build_cache
-from ryzen_llm.kernels import CANDIDATES, PLAIN
 from ryzen_llm.decoding import Generator, SpeculativeDecoder
+from ryzen_llm.kernels import CANDIDATES, PLAIN
 from ryzen_llm.selftest.trained import Trained
 from ryzen_llm.training import KernelOptimizer
 
