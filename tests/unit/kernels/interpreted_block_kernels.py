@@ -1,7 +1,7 @@
-"""The Triton kernels of a block against the formulas in fp64: on a GPU where there is one, else interpreted.
+"""The Triton kernels of a block, and those of quantised weights, against the formulas in fp64.
 
-Without a GPU it needs TRITON_INTERPRET=1. The interpreter rounds no bf16, so there the inputs are fp64 and
-fp32; on a GPU they are bf16 too.
+On a GPU where there is one, else interpreted, which needs TRITON_INTERPRET=1. The interpreter rounds no bf16,
+so there the inputs are fp64 and fp32; on a GPU they are bf16 too.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ryzen_llm.kernels import rotary_table
 from ryzen_llm.kernels.gated import geglu, geglu_by_triton, swiglu, swiglu_by_triton
+from ryzen_llm.kernels.quantised_linear import GROUP, int4_linear, int8_linear, pack_int4, unpack_int4
 from ryzen_llm.kernels.rms_norm import add_rms_norm_by_triton
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv_by_triton
 
@@ -185,6 +186,33 @@ def test_rotary_qkv(
     same(ours, formula, [projected, *weights], dtype)
 
 
+@given(rows=st.integers(0, 20), outputs=st.integers(1, 40), inputs=st.integers(1, 300), strided=st.booleans())
+@examples
+def test_int8_linear(rows: int, outputs: int, inputs: int, strided: bool) -> None:
+    x = randn(rows, inputs + strided)[:, :inputs].float()
+    codes = (100 * randn(outputs, inputs, seed=1)).clamp(-127, 127).to(torch.int8)
+    scale = randn(outputs, seed=2).abs().bfloat16()
+    expected = x.double() @ (codes.double() * scale.double()[:, None]).T
+    torch.testing.assert_close(int8_linear(x, codes, scale).double(), expected, atol=1e-2, rtol=1e-4)
+
+
+@given(rows=st.integers(0, 20), outputs=st.integers(1, 40), groups=st.integers(1, 9))
+@examples
+def test_int4_linear(rows: int, outputs: int, groups: int) -> None:
+    """Against the weight made of the codes as they were before packing."""
+    x = randn(rows, groups * GROUP).float()
+    codes = (
+        torch.arange(outputs * groups * GROUP, dtype=torch.int32, device=device).view(outputs, -1) * 7 % 16
+    )
+    scales, zeros = (randn(outputs, groups, seed=s).bfloat16() for s in (1, 2))
+    in_groups = codes.view(outputs, groups, GROUP).double() - 8
+    weight = (in_groups * scales.double()[..., None] + zeros.double()[..., None]).flatten(1)
+    packed = pack_int4(codes)
+    assert torch.equal(unpack_int4(packed, scales.double(), zeros.double()), weight)
+    result = int4_linear(x, packed, scales, zeros).double()
+    torch.testing.assert_close(result, x.double() @ weight.T, atol=1e-2, rtol=1e-4)
+
+
 def test_gradcheck() -> None:
     """By differences, so that no formula of ours is trusted."""
     x, added, weight = (t.requires_grad_() for t in (randn(2, 5), randn(2, 5, seed=1), randn(5, seed=2)))
@@ -205,6 +233,11 @@ def test_opcheck(norm: bool) -> None:
     ops = torch.ops.ryzen_llm
     leaves = [t.requires_grad_() for t in (randn(2, 5), randn(2, 5, seed=1), randn(5, seed=2))]
     torch.library.opcheck(ops.add_rms_norm.default, (leaves[0], leaves[1] if norm else None, leaves[2], EPS))
+    int8 = (randn(2, 5).float(), torch.ones(3, 5, dtype=torch.int8, device=device), randn(3).float())
+    torch.library.opcheck(ops.int8_linear.default, int8)
+    groups = (randn(3, 1).float(), randn(3, 1).float())
+    int4 = (randn(2, 32).float(), torch.ones(3, 16, dtype=torch.uint8, device=device), *groups)
+    torch.library.opcheck(ops.int4_linear.default, int4)
     torch.library.opcheck(ops.gated.default, (randn(2, 6).requires_grad_(), norm))
     cos, sin = rotary_table(torch.arange(2, device=device), 4, 10000.0)
     weights = [randn(4).requires_grad_(), randn(4, seed=1).requires_grad_()] if norm else [None, None]

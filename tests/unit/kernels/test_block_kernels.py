@@ -1,4 +1,4 @@
-"""The Triton kernels of a block: interpreted, on a GPU, and compiled for two of them."""
+"""Triton kernels of a block and of quantised weights: interpreted, on a GPU, and compiled for two of them."""
 
 import os
 import subprocess
@@ -79,3 +79,18 @@ def test_every_kernel_compiles_without_a_gpu(capability: int, dtype: str, flag: 
             built = build(kernel, pointers(kernel, dtype), constants, capability, warps)
             assert built.asm["cubin"]
             assert built.metadata.shared < 160 * 1024, "what an A100 gives a block"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_quantised_linear_compiles_without_a_gpu(capability: int, dtype: str) -> None:
+    from ryzen_llm.kernels import quantised_linear_triton as module
+
+    tile = {"ROWS": module.ROWS, "OUTPUTS": module.OUTPUTS, "INPUTS": module.INPUTS}
+    types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "codes_ptr": "*i8", "packed_ptr": "*u8"}
+    types |= dict.fromkeys(("scale_ptr", "scales_ptr", "zeros_ptr"), "*bf16")
+    for kernel, constants in (
+        (module.int8_kernel, tile),
+        (module.int4_kernel, {**tile, "GROUP": module.GROUP}),
+    ):
+        assert build(kernel, types, constants, capability, 4).asm["cubin"]
