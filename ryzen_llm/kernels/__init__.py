@@ -4,6 +4,7 @@ from ryzen_llm.kernels.cached_attention import Stored, cached_attention
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
+from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, swiglu
 from ryzen_llm.kernels.hadamard import hadamard
@@ -16,6 +17,7 @@ from ryzen_llm.kernels.hardware import (
     supports_bf16,
 )
 from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
+from ryzen_llm.kernels.packed_rows import PackedRows, pack, packed_linear, packed_lookup, unpack
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
 from ryzen_llm.kernels.rotary import apply_rotary, rotary_table
@@ -29,12 +31,14 @@ __all__ = [
     "CpuCaches",
     "CpuFeatures",
     "KernelChoices",
+    "PackedRows",
     "RopeScaling",
     "Stored",
     "Workload",
     "apply_rotary",
     "cached_attention",
     "causal_attention",
+    "chunked_cross_entropy",
     "cpu_caches",
     "cpu_features",
     "cross_entropy",
@@ -42,10 +46,14 @@ __all__ = [
     "geglu",
     "hadamard",
     "linear_cross_entropy",
+    "pack",
+    "packed_linear",
+    "packed_lookup",
     "rms_norm",
     "rotary_qkv",
     "rotary_table",
     "supports_bf16",
     "swiglu",
+    "unpack",
     "visible",
 ]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import KernelChoices, Workload, rotary_table
 from ryzen_llm.model.config import ModelConfig
-from ryzen_llm.model.embedding import build_embedding
+from ryzen_llm.model.embedding import Embedding, LinearLoss, build_embedding
 
 
 class RMSNorm(nn.Module):
@@ -217,6 +218,12 @@ class Transformer(nn.Module):
         `layers` are those of a cache that has given out `positions`. Nothing here depends on a Python number
         that changes from token to token, so the whole of it can be compiled.
         """
+        return self.run_embedded(self.embedding.lookup(input_ids), positions, layers)
+
+    def run_embedded(
+        self, hidden_states: Tensor, positions: Tensor, layers: Sequence[LayerCache] | None = None
+    ) -> Tensor:
+        """`run_blocks` of tokens that have been looked up, (batch, time, hidden_size)."""
         # Computed afresh, not kept in buffers: it is cheap, and `model.to(torch.bfloat16)` cannot round it.
         config = self.config
         rope = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -225,7 +232,6 @@ class Transformer(nn.Module):
             if config.local_rope_theta
             else rope
         )
-        hidden_states = self.embedding.lookup(input_ids)
         if config.scale_embeddings:  # rounded as the weights are: so Gemma was trained
             scale = torch.tensor(math.sqrt(config.hidden_size), dtype=hidden_states.dtype)
             hidden_states = hidden_states * scale
@@ -255,10 +261,15 @@ class Transformer(nn.Module):
             )
         hidden_states = self.hidden_states(input_ids)
         compiled = self.norm._compiled_call_impl is not None  # by `compile_blocks`
-        weight = None if self.head is None else self.head.weight
-        head = self.embedding.head(hidden_states) if weight is None else (hidden_states, weight)
-        loss, num_correct = self.kernels.function("loss", compiled)(*head, targets)
-        return loss, num_correct
+        loss: LinearLoss = self.kernels.function("loss", compiled)
+        if self.head is None:
+            return self.embedding.loss(hidden_states, targets, loss)
+        return loss(hidden_states, self.head.weight, targets)
+
+    def replace_embedding(self, embedding: Embedding) -> None:
+        """Use `embedding` from now on; `config` says so too, so that what is saved can be built again."""
+        self.embedding = embedding
+        self.config = replace(self.config, embedding=embedding.kind, embedding_settings=embedding.settings)
 
     def compile_blocks(self) -> None:
         """Compile in place, region by region: the blocks share one compilation, and names stay as they are.

@@ -79,7 +79,9 @@ class DrafterOrchestrator(Orchestrator):
         train(self.trainer, self.module, self.texts, self.resume_from)
         measured = self.trainer.callback_metrics
         self.accuracy = Accuracy(
-            val_loss=float(measured["val_loss"]), val_accuracy=float(measured["val_accuracy"])
+            val_loss=float(measured["val_loss"]),
+            val_accuracy=float(measured["val_accuracy"]),
+            unigram_entropy=self.texts.unigram_entropy,
         )
         self.module.heads.save(self.output_dir / HEADS)
 
