@@ -15,7 +15,13 @@ from torch import Tensor
 
 from ryzen_llm.kernels import rotary_table
 from ryzen_llm.kernels.gated import geglu, geglu_by_triton, swiglu, swiglu_by_triton
-from ryzen_llm.kernels.quantised_linear import GROUP, int4_linear, int8_linear, pack_int4, unpack_int4
+from ryzen_llm.kernels.linear_on_gpu import (
+    GROUP,
+    int4_linear_on_gpu,
+    int8_linear_on_gpu,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from ryzen_llm.kernels.rms_norm import add_rms_norm_by_triton
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv_by_triton
 
@@ -193,7 +199,7 @@ def test_int8_linear(rows: int, outputs: int, inputs: int, strided: bool) -> Non
     codes = (100 * randn(outputs, inputs, seed=1)).clamp(-127, 127).to(torch.int8)
     scale = randn(outputs, seed=2).abs().bfloat16()
     expected = x.double() @ (codes.double() * scale.double()[:, None]).T
-    torch.testing.assert_close(int8_linear(x, codes, scale).double(), expected, atol=1e-2, rtol=1e-4)
+    torch.testing.assert_close(int8_linear_on_gpu(x, codes, scale).double(), expected, atol=1e-2, rtol=1e-4)
 
 
 @given(rows=st.integers(0, 20), outputs=st.integers(1, 40), groups=st.integers(1, 9))
@@ -207,9 +213,9 @@ def test_int4_linear(rows: int, outputs: int, groups: int) -> None:
     scales, zeros = (randn(outputs, groups, seed=s).bfloat16() for s in (1, 2))
     in_groups = codes.view(outputs, groups, GROUP).double() - 8
     weight = (in_groups * scales.double()[..., None] + zeros.double()[..., None]).flatten(1)
-    packed = pack_int4(codes)
-    assert torch.equal(unpack_int4(packed, scales.double(), zeros.double()), weight)
-    result = int4_linear(x, packed, scales, zeros).double()
+    packed = pack_nibbles(codes)
+    assert torch.equal(unpack_nibbles(packed, scales.double(), zeros.double()), weight)
+    result = int4_linear_on_gpu(x, packed, scales, zeros).double()
     torch.testing.assert_close(result, x.double() @ weight.T, atol=1e-2, rtol=1e-4)
 
 
@@ -234,10 +240,10 @@ def test_opcheck(norm: bool) -> None:
     leaves = [t.requires_grad_() for t in (randn(2, 5), randn(2, 5, seed=1), randn(5, seed=2))]
     torch.library.opcheck(ops.add_rms_norm.default, (leaves[0], leaves[1] if norm else None, leaves[2], EPS))
     int8 = (randn(2, 5).float(), torch.ones(3, 5, dtype=torch.int8, device=device), randn(3).float())
-    torch.library.opcheck(ops.int8_linear.default, int8)
+    torch.library.opcheck(ops.int8_linear_on_gpu.default, int8)
     groups = (randn(3, 1).float(), randn(3, 1).float())
     int4 = (randn(2, 32).float(), torch.ones(3, 16, dtype=torch.uint8, device=device), *groups)
-    torch.library.opcheck(ops.int4_linear.default, int4)
+    torch.library.opcheck(ops.int4_linear_on_gpu.default, int4)
     torch.library.opcheck(ops.gated.default, (randn(2, 6).requires_grad_(), norm))
     cos, sin = rotary_table(torch.arange(2, device=device), 4, 10000.0)
     weights = [randn(4).requires_grad_(), randn(4, seed=1).requires_grad_()] if norm else [None, None]

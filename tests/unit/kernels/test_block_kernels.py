@@ -83,8 +83,8 @@ def test_every_kernel_compiles_without_a_gpu(capability: int, dtype: str, flag: 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_quantised_linear_compiles_without_a_gpu(capability: int, dtype: str) -> None:
-    from ryzen_llm.kernels import quantised_linear_triton as module
+def test_linear_on_gpu_compiles_without_a_gpu(capability: int, dtype: str) -> None:
+    from ryzen_llm.kernels import linear_on_gpu_triton as module
 
     tile = {"ROWS": module.ROWS, "OUTPUTS": module.OUTPUTS, "INPUTS": module.INPUTS}
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "codes_ptr": "*i8", "packed_ptr": "*u8"}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ryzen_llm.kernels.quantised_linear import GROUP
+from ryzen_llm.kernels.linear_on_gpu import GROUP
 from ryzen_llm.kernels.triton_launch import rows_of
 
 ROWS = 16
@@ -91,8 +91,8 @@ def int4_kernel(
     tl.store(y_ptr + row[:, None] * outputs + output[None, :], y, mask=mask)
 
 
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """See `ryzen_llm.kernels.quantised_linear`."""
+def int8_linear_on_gpu(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """See `ryzen_llm.kernels.linear_on_gpu`."""
     (rows, inputs), outputs = x.shape, len(codes)
     y = x.new_empty(rows, outputs)
     if not y.numel():
@@ -115,8 +115,8 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
-def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """See `ryzen_llm.kernels.quantised_linear`."""
+def int4_linear_on_gpu(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """See `ryzen_llm.kernels.linear_on_gpu`."""
     (rows, inputs), outputs = x.shape, len(packed)
     y = x.new_empty(rows, outputs)
     if not y.numel():
