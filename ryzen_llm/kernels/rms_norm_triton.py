@@ -71,8 +71,7 @@ def backward_kernel(
     inside = columns < size
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ARITHMETIC)
     by_weight = tl.zeros((BLOCK,), ARITHMETIC)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = row.to(tl.int64)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         x = tl.load(total_ptr + row * total_stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
         up = tl.load(upstream_ptr + row * upstream_stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
         inverse_rms = tl.load(inverse_rms_ptr + row)

@@ -26,7 +26,7 @@ from ryzen_llm.kernels.rms_norm import add_rms_norm_by_triton
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv_by_triton
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-EPS = 1e-5
+EPS = 2.0**-16  # exact in fp32, as which a kernel gets it
 # The interpreter takes a tenth of a second for each.
 examples = settings(max_examples=12 if device.type == "cpu" else 60, deadline=None)
 DTYPES = [torch.float64, torch.float32] + ([torch.bfloat16] if device.type == "cuda" else [])
@@ -50,8 +50,7 @@ def same(
     gradients = torch.autograd.grad(outputs, leaves, upstream)
     exact_gradients = torch.autograd.grad(exact, exact_leaves, [u.double() for u in upstream])
     for result, expected in zip((*outputs, *gradients), (*exact, *exact_gradients), strict=True):
-        error = (result.double() - expected).norm() / expected.norm().clamp(min=1e-9)
-        assert error < TOLERANCE[dtype], error
+        torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def norm_formula(x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +148,7 @@ def qkv_formula(
     half=st.integers(1, 20),
     heads=st.sampled_from([(1, 1), (3, 1), (6, 2), (9, 3)]),
     norm=st.booleans(),
-    scale=st.sampled_from([1.0, 0.7]),
+    scale=st.sampled_from([1.0, 0.75]),
     each_text=st.booleans(),
     dtype=st.sampled_from(DTYPES),
 )
