@@ -1,4 +1,4 @@
-"""Baselines and named peers for benchmarks/embeddings.py: each gives the matrix it stands for, and its bytes."""
+"""Baselines and named peers for benchmarks/embeddings.py: the matrix each stands for, and bytes."""
 
 from __future__ import annotations
 

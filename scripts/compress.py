@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="compress.py", description=__doc__)
     parser.add_argument("--model", required=True, help="what load_pretrained takes")
-    parser.add_argument("--out", required=True, type=Path, help="directory to write; it must not be there yet")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="directory to write; it must not be there yet"
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--ratio", type=float, help="dense bf16 bytes over compressed bytes")
     budget.add_argument("--perplexity-increase", type=float, help="relative, at most; 0.01 is 1%%")

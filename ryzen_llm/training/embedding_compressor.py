@@ -86,7 +86,9 @@ class EmbeddingCompressor:
         Raises InputError for a ratio that no kind reaches.
         """
         if not 1 < ratio < math.inf:
-            raise InputError(f"ratio is {ratio}, expected more than 1: dense bf16 bytes over compressed bytes")
+            raise InputError(
+                f"ratio is {ratio}, expected more than 1: dense bf16 bytes over compressed bytes"
+            )
         vocab_size, hidden_size = self.weight.shape
         available = int(2 * self.weight.numel() / ratio)
         found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
