@@ -23,8 +23,9 @@ from ryzen_llm.training.optimizer import OptimizerConfig
 class HealingModule(pl.LightningModule):
     """Distils a dense model into the same blocks around another embedding (Hinton et al. 2015).
 
-    Only the embedding and the last norm are trained; the blocks are shared with the teacher, and
-    `heal` freezes them. Batches are token ids (batch, time) int64. Logs `loss`, the mean divergence from the teacher in nats.
+    Only the embedding and the last norm are trained; the blocks are shared with the teacher, and `heal`
+    freezes them. Batches are token ids (batch, time) int64. Logs `loss`, the mean divergence from the teacher
+    in nats.
 
     Args:
         teacher: The dense model.
