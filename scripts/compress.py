@@ -72,6 +72,7 @@ def _compress(options: argparse.Namespace) -> None:
             callbacks=[TrainingMetricsCollector(healing / HEALING_REPORT), AnomalyDetector()],
         )
         report["healed"] = {"quality": asdict(compressor.quality(compressed))}
+    compressed.embedding.to(torch.bfloat16)
     written = export_pretrained(compressed, tokenizer, options.out, densify=False, dtype="bf16")
     write_json(written / REPORT, report)
     quality = report.get("healed", report["chosen"])["quality"]

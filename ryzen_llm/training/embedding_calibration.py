@@ -25,8 +25,8 @@ def check_text(input_ids: Tensor, vocab_size: int, name: str) -> None:
     """Raise InputError unless these are enough token ids, (batch, time) int64."""
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[-1] < 2:
         raise InputError(
-            f"{name} is {tuple(input_ids.shape)} {input_ids.dtype}, expected token ids (batch, time) int64, 2 "
-            "or more a row"
+            f"{name} is {tuple(input_ids.shape)} {input_ids.dtype}, expected token ids (batch, time) int64, "
+            "2 or more a row"
         )
     if input_ids.numel() < FEWEST_TOKENS:
         raise InputError(f"{name} has {input_ids.numel()} tokens, expected {FEWEST_TOKENS} or more")

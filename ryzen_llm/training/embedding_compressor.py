@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -140,7 +141,7 @@ class EmbeddingCompressor:
 
     def apply(self, embedding: Embedding) -> Transformer:
         """A model of the same blocks with `embedding`."""
-        return with_embedding(self.model, embedding)
+        return with_embedding(self.model, copy.deepcopy(embedding))
 
     def trainable(self, candidate: Candidate) -> Embedding:
         """The candidate in the form to be trained, for `heal`. Raises InputError for one that is not."""
