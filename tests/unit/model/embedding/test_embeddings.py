@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.model.embedding import (
@@ -238,3 +239,39 @@ def test_ids_out_of_range_are_refused(name: str, packed: bool) -> None:
     for wrong in (-1, VOCAB):
         with pytest.raises((IndexError, InputError)):
             build(name, packed).lookup(torch.tensor([[0, wrong]]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quantized in tiers",
+        pytest.param("product", marks=pytest.mark.slow),
+        pytest.param("quantized in groups", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_decoding_step_is_one_graph_and_gives_the_same(name: str) -> None:
+    embedding = build(name, packed=True)
+    hidden, ids = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(0)), torch.tensor([[5]])
+
+    def step(ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return embedding.lookup(ids), embedding.logits(hidden)
+
+    with torch.no_grad():
+        found, expected = torch.compile(step, fullgraph=True)(ids, hidden), step(ids, hidden)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_generation_decodes_with_the_packed_form_and_leaves_the_model_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config(name)).eval()
+    generator = Generator(model, weights="fp32")
+    plain = Transformer(ModelConfig(**SHAPE)).eval()
+    plain.load_state_dict({"embedding.weight": model.embedding.dense_weight()}, strict=False)
+    plain.blocks, plain.norm = model.blocks, model.norm
+    prompt = torch.tensor([[3, 1, 4]])
+    found = generator.generate(prompt, max_new_tokens=12).ids
+    assert torch.equal(found, Generator(plain, weights="fp32").generate(prompt, max_new_tokens=12).ids)
+    assert generator.model.embedding.compressed() is generator.model.embedding
+    assert model.config == config(name)
