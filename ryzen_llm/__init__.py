@@ -4,12 +4,13 @@ from ryzen_llm.data import TextDataModule
 from ryzen_llm.decoding import Generator, KVCacheOptimizer, SpeculativeDecoder
 from ryzen_llm.interop import export_pretrained, load_pretrained
 from ryzen_llm.model import ModelConfig, Transformer
-from ryzen_llm.training import EmbeddingCompressor, LanguageModule
+from ryzen_llm.training import EmbeddingCompressor, KernelOptimizer, LanguageModule
 
 __all__ = [
     "EmbeddingCompressor",
     "Generator",
     "KVCacheOptimizer",
+    "KernelOptimizer",
     "LanguageModule",
     "ModelConfig",
     "SpeculativeDecoder",

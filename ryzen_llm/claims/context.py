@@ -11,7 +11,6 @@ from torch import Tensor
 from ryzen_llm.cache import check_names
 from ryzen_llm.decoding import check_drafters
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import cross_entropy
 from ryzen_llm.model import Transformer
 
 _FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
@@ -85,11 +84,6 @@ class Optimizations:
         if self.enable_speculative_decoding and not self.drafters:
             raise InputError("drafters is empty, expected one or more, or enable_speculative_decoding: false")
         check_drafters(self.drafters)
-
-
-def plain_loss(model: Transformer, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`Transformer.loss` as it is commonly written, from all logits at once: that of the baselines."""
-    return cross_entropy(model(input_ids), targets)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def load_native(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -
     try:
         with torch.device("meta"):
             expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
-    except (RuntimeError, OverflowError, ValueError) as error:
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:  # TypeError: beyond 64 bits
         raise InputError(f"{source.where}: its sizes make no model ({error})") from error
     compare_shapes(expected, source)
     model = Transformer(config)

@@ -25,11 +25,12 @@ from ryzen_llm.claims import ClaimContext, build_claims
 from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
+from ryzen_llm.kernels import PLAIN, describe_device
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.config import RunConfig
 from ryzen_llm.pipeline.html_report import write_html_report
 from ryzen_llm.pipeline.output_dir import claim_output_dir
-from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
+from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Kernels, Phase
 from ryzen_llm.pipeline.screen import show_summary
 from ryzen_llm.pipeline.training import (
     CHECKPOINTS,
@@ -40,7 +41,13 @@ from ryzen_llm.pipeline.training import (
     train,
 )
 from ryzen_llm.selftest import IntegrationTestReport, IntegrationTestRunner
-from ryzen_llm.training import LanguageModule, check_resumable, choose_precision, newest_checkpoint
+from ryzen_llm.training import (
+    KernelOptimizer,
+    LanguageModule,
+    check_resumable,
+    choose_precision,
+    newest_checkpoint,
+)
 
 VALIDATION_REPORT = "validation_report.json"
 TEST_REPORT = "integration_test_report.json"
@@ -66,6 +73,7 @@ class Orchestrator:
         self.phases: list[Phase] = []
         self.validation: ValidationReport | None = None
         self.tests: IntegrationTestReport | None = None
+        self.kernels = Kernels(reason="setup did not finish")
         self.accuracy = Accuracy(reason="training did not finish")
         self.sample: str | None = None
         # Under DDP, Lightning starts this script once a process: the others train, this one does the rest.
@@ -114,10 +122,35 @@ class Orchestrator:
             f"{escape(what)}; {device.type} ({why}): {precision}; "
             f"torch.compile {'on' if options.compile else 'off'}"
         )
+        self._choose_kernels(device, precision)
         if self._leads:
             for name in (VALIDATION_REPORT, TEST_REPORT, FINAL_REPORT, HTML_REPORT):
                 (self.output_dir / name).unlink(missing_ok=True)  # of the attempt that this one goes on from
         self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
+
+    def _choose_kernels(self, device: torch.device, precision: str) -> None:
+        """Have the model use the forms of its ops that are fastest here."""
+        self.kernels = Kernels(device=describe_device(device))
+        self.console.print(escape(str(self.kernels.device)))
+        if not self.config.optimizations.enable_kernel_optimization:
+            self.kernels.reason = "switched off by enable_kernel_optimization: false"
+            self.module.model.use_kernels(PLAIN)
+            return
+        optimizer = KernelOptimizer(
+            self.module.model,
+            self.config.data.batch_size,
+            self.config.data.context,
+            bf16=precision == "bf16-mixed",
+            compile=self.config.options.compile,
+            device=device,
+            cache_dir=self.config.data.cache_dir,
+        )
+        with self.console.status("measuring kernels") as status:
+            self.kernels.choices = optimizer.optimize(
+                lambda op, done, total: status.update(f"measuring kernels: {op} ({done + 1} of {total})")
+            )
+        chosen = ", ".join(f"{choice.op}: {choice.choice}" for choice in self.kernels.choices)
+        self.console.print(f"kernels: {escape(chosen)}")
 
     def _build(self) -> tuple[int | None, str]:
         """Make what is trained and its data; returns FLOPs a token, and both in words."""
@@ -202,7 +235,7 @@ class Orchestrator:
 
     def _trained_model(self) -> Transformer:
         """The trained weights in a model that is not compiled."""
-        model = Transformer(self.module.model.config)
+        model = Transformer(self.module.model.config, self.module.model.kernels)
         model.load_state_dict(self.module.model.state_dict())
         return model.eval()
 
@@ -311,6 +344,7 @@ class Orchestrator:
             status=status,
             phases=[*self.phases, Phase(name="reporting", status="done", duration_s=None)],
             optimizations=components,
+            kernels=self.kernels,
             e2e_speedup=components.get("end_to_end"),
             accuracy=self.accuracy,
             tests=self.tests.summary.model_dump() if self.tests else None,

@@ -5,6 +5,7 @@ from ryzen_llm.training.draft_heads_module import DraftHeadsModule
 from ryzen_llm.training.embedding_calibration import Quality, calibrate, measure, with_embedding
 from ryzen_llm.training.embedding_compressor import Candidate, EmbeddingChoice, EmbeddingCompressor
 from ryzen_llm.training.healing import HealingModule, heal
+from ryzen_llm.training.kernel_optimizer import KernelOptimizer, OpChoice
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
@@ -16,7 +17,9 @@ __all__ = [
     "EmbeddingChoice",
     "EmbeddingCompressor",
     "HealingModule",
+    "KernelOptimizer",
     "LanguageModule",
+    "OpChoice",
     "OptimizerConfig",
     "Quality",
     "TargetTextModule",

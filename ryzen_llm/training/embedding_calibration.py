@@ -136,7 +136,7 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
 def with_embedding(model: Transformer, embedding: Embedding) -> Transformer:
     """A model of the same blocks (their memory is shared) and another embedding, in the blocks' dtype."""
     with torch.device("meta"):
-        other = Transformer(model.config)
+        other = Transformer(model.config, model.kernels)
     other.blocks, other.norm, other.head = model.blocks, model.norm, model.head
     other.replace_embedding(embedding.to(model.norm.weight.device, model.norm.weight.dtype))
     return other.train(model.training)

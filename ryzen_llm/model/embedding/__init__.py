@@ -4,7 +4,7 @@ import inspect
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.model.config import ModelConfig
-from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding
+from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding, LinearLoss
 from ryzen_llm.model.embedding.calibration import Calibration
 from ryzen_llm.model.embedding.dense import DenseEmbedding
 from ryzen_llm.model.embedding.factorized import FactorizedEmbedding
@@ -45,6 +45,7 @@ __all__ = [
     "Embedding",
     "FactorizedEmbedding",
     "HashedEmbedding",
+    "LinearLoss",
     "ProductEmbedding",
     "QuantizedEmbedding",
     "allocate_bits",

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import chunked_cross_entropy
+from ryzen_llm.kernels import chunked_cross_entropy, linear_cross_entropy
 from ryzen_llm.model.embedding.calibration import Calibration
+
+LinearLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(hidden_states, weight, targets): a form of `linear_cross_entropy`."""
 
 
 class Embedding(nn.Module, ABC):
@@ -36,8 +39,13 @@ class Embedding(nn.Module, ABC):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Each token's dot product with `hidden_states` (..., hidden_size), as (..., vocab_size)."""
 
-    def loss(self, hidden_states: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
-        """`linear_cross_entropy` of the tied head, from `logits` of a chunk of rows at a time."""
+    def loss(
+        self, hidden_states: Tensor, targets: Tensor, loss: LinearLoss = linear_cross_entropy
+    ) -> tuple[Tensor, Tensor]:
+        """`linear_cross_entropy` of the tied head, from `logits` of a chunk of rows at a time.
+
+        A kind that trains a matrix has `loss`, the form that the model uses, work on that instead.
+        """
         return chunked_cross_entropy(self.logits, hidden_states, targets, list(self.parameters()))
 
     def compressed(self) -> Embedding:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.kernels import linear_cross_entropy
-from ryzen_llm.model.embedding.base import Embedding
+from ryzen_llm.model.embedding.base import Embedding, LinearLoss
 
 
 class DenseEmbedding(Embedding):
@@ -26,9 +26,11 @@ class DenseEmbedding(Embedding):
         """See `Embedding.logits`."""
         return F.linear(hidden_states, self.weight)
 
-    def loss(self, hidden_states: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_states: Tensor, targets: Tensor, loss: LinearLoss = linear_cross_entropy
+    ) -> tuple[Tensor, Tensor]:
         """See `Embedding.loss`."""
-        return linear_cross_entropy(hidden_states, self.weight, targets, compiled=compiled)
+        return loss(hidden_states, self.weight, targets)
 
     def dense_weight(self) -> Tensor:
         """See `Embedding.dense_weight`; the table itself, no copy."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.kernels import linear_cross_entropy
-from ryzen_llm.model.embedding.base import CompressedEmbedding, check_dense, require
+from ryzen_llm.model.embedding.base import CompressedEmbedding, LinearLoss, check_dense, require
 from ryzen_llm.model.embedding.calibration import Calibration
 
 
@@ -59,7 +59,9 @@ class FactorizedEmbedding(CompressedEmbedding):
         """See `Embedding.logits`."""
         return F.linear(F.linear(hidden_states, self.widen), self.codes)
 
-    def loss(self, hidden_states: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_states: Tensor, targets: Tensor, loss: LinearLoss = linear_cross_entropy
+    ) -> tuple[Tensor, Tensor]:
         """See `Embedding.loss`."""
         narrow = F.linear(hidden_states, self.widen)
-        return linear_cross_entropy(narrow, self.codes, targets, compiled=compiled)
+        return loss(narrow, self.codes, targets)

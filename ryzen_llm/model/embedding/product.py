@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import linear_cross_entropy
-from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding, check_dense, require
+from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding, LinearLoss, check_dense, require
 from ryzen_llm.model.embedding.calibration import Calibration
 
 _ROUNDS = 8
@@ -131,11 +131,13 @@ class ProductEmbedding(CompressedEmbedding):
             logits = products.gather(-1, codes).sum((1, 2)).to(x.dtype)
         return logits.view(*hidden_states.shape[:-1], self.vocab_size)
 
-    def loss(self, hidden_states: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_states: Tensor, targets: Tensor, loss: LinearLoss = linear_cross_entropy
+    ) -> tuple[Tensor, Tensor]:
         """See `Embedding.loss`."""
         if self.weight is None:
-            return super().loss(hidden_states, targets, compiled)
-        return linear_cross_entropy(hidden_states, self._assigned(self.weight), targets, compiled=compiled)
+            return super().loss(hidden_states, targets, loss)
+        return loss(hidden_states, self._assigned(self.weight), targets)
 
     def compressed(self) -> Embedding:
         """See `Embedding.compressed`: the packed form."""

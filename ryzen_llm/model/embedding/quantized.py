@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import PackedRows, linear_cross_entropy, pack, packed_linear, packed_lookup
-from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding, check_dense, require
+from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding, LinearLoss, check_dense, require
 from ryzen_llm.model.embedding.calibration import Calibration
 from ryzen_llm.model.embedding.error_feedback import gaussian_scale, quantise_rows, to_codes
 from ryzen_llm.model.embedding.rotation import rotate, rotate_back
@@ -154,13 +154,15 @@ class QuantizedEmbedding(CompressedEmbedding):
             logits = logits.index_select(-1, self.position.int())
         return logits.view(*hidden_states.shape[:-1], self.vocab_size)
 
-    def loss(self, hidden_states: Tensor, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_states: Tensor, targets: Tensor, loss: LinearLoss = linear_cross_entropy
+    ) -> tuple[Tensor, Tensor]:
         """See `Embedding.loss`."""
         if self.weight is None:
-            return super().loss(hidden_states, targets, compiled)
+            return super().loss(hidden_states, targets, loss)
         if self.position is not None:
             targets = torch.where(targets < 0, targets, self.position[targets.clamp(min=0)].long())
-        return linear_cross_entropy(self._rotated(hidden_states), self._rounded(), targets, compiled=compiled)
+        return loss(self._rotated(hidden_states), self._rounded(), targets)
 
     def compressed(self) -> Embedding:
         """See `Embedding.compressed`: the packed form."""

@@ -37,6 +37,7 @@ def test_in_and_out_and_in_again_is_bit_exact_and_transformers_agrees(
     exported = export_pretrained(model, tokenizer, tmp_path / "out")
     again, same_tokenizer = load_pretrained(exported)
     assert same(model, again)
+    assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o644}
     assert same_tokenizer.to_json() == tokenizer.to_json()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     if model.config.sliding_window or reference.config.model_type != "mistral":
