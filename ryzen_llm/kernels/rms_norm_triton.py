@@ -14,6 +14,7 @@ from ryzen_llm.kernels.rms_norm import LARGEST_TRITON_ROW
 from ryzen_llm.kernels.triton_launch import arithmetic, num_programs, rows_of
 
 
+
 @triton.jit
 def forward_kernel(
     x_ptr,

@@ -151,12 +151,8 @@ def backward_kernel(
         tl.store(by_k_weight_ptr + partial + half, tl.sum(tl.where(is_k, w_second, 0.0), 0), mask=within)
         weight_first = tl.load(q_weight_ptr + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
         weight_first += tl.load(k_weight_ptr + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
-        weight_second = tl.load(q_weight_ptr + half + column + 0 * head, mask=q_mask, other=0.0).to(
-            ARITHMETIC
-        )
-        weight_second += tl.load(k_weight_ptr + half + column + 0 * head, mask=k_mask, other=0.0).to(
-            ARITHMETIC
-        )
+        weight_second = tl.load(q_weight_ptr + half + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
+        weight_second += tl.load(k_weight_ptr + half + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
         g_first, g_second = first * weight_first, second * weight_second
         mean = (tl.sum(g_first * normed_first, 1) + tl.sum(g_second * normed_second, 1)) / (2 * half)
         first = tl.where(is_v, first, (g_first - normed_first * mean[:, None]) * scale)

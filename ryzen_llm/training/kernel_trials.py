@@ -61,9 +61,7 @@ def try_all(
             trial.relative_error = _largest_error(arm(), expected)
             limit = LARGEST_ERROR[work.dtype]
             if not trial.relative_error <= limit:  # also where it is NaN
-                trial.excluded = (
-                    f"wrong: off by {trial.relative_error:.2g} of the reference, more than {limit:.2g}"
-                )
+                trial.excluded = f"wrong: off by {trial.relative_error:.2g} of the reference, more than {limit:.2g}"
                 continue
             arms[name] = arm
         except Exception as error:
