@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--heal-ratio", type=float, default=6.1)
     parser.add_argument("--heal-steps", type=int, default=150)
+    parser.add_argument("--heal-learning-rate", type=float, default=5e-4)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shipped-bytes", type=int, help="of the embedding tensor in the file as shipped")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embeddings.json"))
@@ -225,7 +226,14 @@ def healed(
     trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=tiers)
     before = compressor.apply(trainable.compressed())
     started = time.perf_counter()
-    after = heal(compressor.model.float(), trainable, text, steps=options.heal_steps, precision="bf16-mixed")
+    after = heal(
+        compressor.model.float(),
+        trainable,
+        text,
+        steps=options.heal_steps,
+        learning_rate=options.heal_learning_rate,
+        precision="bf16-mixed",
+    )
     seconds = time.perf_counter() - started
     compressor.model.bfloat16()
     qualities = measure(compressor.model, {"before": before, "after": after.bfloat16()}, scored)
