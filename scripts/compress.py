@@ -58,7 +58,8 @@ def _compress(options: argparse.Namespace) -> None:
     rows = torch.tensor(ids[: len(ids) // options.context * options.context]).view(-1, options.context)
     if not rows.numel():
         raise InputError(f"--text {options.text}: has {len(ids)} tokens, expected {options.context} or more")
-    compressor = EmbeddingCompressor(model, rows[: max(options.tokens // options.context, 2)])
+    calibrated = max(options.tokens // options.context, 2)
+    compressor = EmbeddingCompressor(model, rows[:calibrated])
     choice = compressor.choose(ratio=options.ratio, perplexity_increase=options.perplexity_increase)
     compressed, report = compressor.apply(choice.embedding), choice.report()
     if options.heal_steps:
@@ -67,7 +68,7 @@ def _compress(options: argparse.Namespace) -> None:
         compressed = heal(
             model,
             trainable,
-            rows,
+            torch.cat((compressor.text, rows[calibrated:])),  # not on what it is measured on
             steps=options.heal_steps,
             callbacks=[TrainingMetricsCollector(healing / HEALING_REPORT), AnomalyDetector()],
         )
