@@ -10,7 +10,7 @@ PhaseStatus = Literal["done", "failed", "interrupted", "skipped"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class Phase(_Part):
@@ -52,6 +52,8 @@ class FinalReport(_Part):
 
     schema_version: int = 1
     status: Literal["done", "failed", "interrupted"]
+    checkpoint: str | None = None
+    """The weights that everything below is about; within the output directory where they lie there."""
     phases: list[Phase]
     optimizations: dict[str, Component]
     e2e_speedup: Component | None

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,8 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
 from ryzen_callbacks.atomic_file import write_text
 
+from ryzen_llm.pipeline.bursts import SpeedBursts
 from ryzen_llm.pipeline.config import RunConfig
-from ryzen_llm.training import LanguageModule
+from ryzen_llm.pipeline.dashboard import Dashboard
+from ryzen_llm.training import LanguageModule, ShardedStrategy
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -35,6 +38,7 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     callbacks: list[Callback] = [
+        SpeedBursts(),  # before the collector, which takes up what it logs
         TrainingMetricsCollector(
             output_dir / TRAINING_REPORT,
             sample_every_n_steps=config.options.sample_every_n_steps,
@@ -42,6 +46,7 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
             metadata={"model": config.model_name},
         ),
         AnomalyDetector(),
+        Dashboard(yaml.safe_load(config.text)),
         ModelCheckpoint(
             output_dir / CHECKPOINTS,
             filename="{step}",
@@ -63,6 +68,7 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
         "precision": precision,
         "enable_progress_bar": show_progress,
         "enable_model_summary": False,
+        "strategy": ShardedStrategy() if config.trainer["strategy"] == "fsdp" else config.trainer["strategy"],
         "inference_mode": False,  # its tensors could not be trained on after a validation before training
     }
     return Trainer(

@@ -4,13 +4,16 @@ from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newe
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
+from ryzen_llm.training.sharded import ShardedStrategy, whole_state_dict
 
 __all__ = [
     "LanguageModule",
     "OptimizerConfig",
+    "ShardedStrategy",
     "build_adamw",
     "check_resumable",
     "choose_precision",
     "load_checkpoint",
     "newest_checkpoint",
+    "whole_state_dict",
 ]
