@@ -69,6 +69,8 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
         "enable_progress_bar": show_progress,
         "enable_model_summary": False,
         "strategy": ShardedStrategy() if config.trainer["strategy"] == "fsdp" else config.trainer["strategy"],
+        # Measuring is one process's work, also where several have trained.
+        **({} if config.options.runs("training") else {"strategy": "auto", "devices": 1, "num_nodes": 1}),
         "inference_mode": False,  # its tensors could not be trained on after a validation before training
     }
     return Trainer(

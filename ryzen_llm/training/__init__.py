@@ -4,7 +4,7 @@ from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newe
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
-from ryzen_llm.training.sharded import ShardedStrategy, whole_state_dict
+from ryzen_llm.training.sharded import ShardedStrategy, is_sharded, whole_state_dict
 
 __all__ = [
     "LanguageModule",
@@ -13,6 +13,7 @@ __all__ = [
     "build_adamw",
     "check_resumable",
     "choose_precision",
+    "is_sharded",
     "load_checkpoint",
     "newest_checkpoint",
     "whole_state_dict",

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -52,6 +53,11 @@ def whole_state_dict(model: Transformer) -> dict[str, Tensor]:
     return weights
 
 
+def is_sharded(path: Path) -> bool:
+    """Whether `path` is the folder of a checkpoint in shards."""
+    return (path / REST).is_file()
+
+
 def read_sharded(folder: Path) -> dict[str, Any]:
     """A checkpoint's content as a checkpoint in one file would have it, without optimizer states.
 
@@ -65,7 +71,10 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(_WEIGHTS) and isinstance(entry, dcp_metadata.TensorStorageMetadata)
     }
-    dcp.load(weights, storage_reader=reader, no_dist=True)
+    try:
+        dcp.load(weights, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:  # which is no Exception
+        raise RuntimeError(f"its shards cannot be read: {error}") from error
     content["state_dict"] = {name.removeprefix(_WEIGHTS): tensor for name, tensor in weights.items()}
     return dict(content)
 
