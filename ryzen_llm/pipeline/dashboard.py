@@ -58,12 +58,17 @@ class Dashboard(Callback):
         """Write layout and settings."""
         for writer in _writers(trainer):
             writer.add_custom_scalars(LAYOUT)
-            for summary in hparams(self._settings, dict.fromkeys(_OUTCOMES, 0.0)):
-                writer.file_writer.add_summary(summary)
+            outcomes = dict.fromkeys(_OUTCOMES, 0.0)  # only their names are written
+            for summary in hparams(self._settings, outcomes):  # type: ignore[no-untyped-call]
+                writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write histograms of every parameter and of the last step's gradients."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write histograms after an epoch's last batch; validation, which follows, drops the gradients."""
+        if not trainer.is_last_batch:
+            return
         for writer in _writers(trainer):
             for name, parameter in pl_module.named_parameters():
                 for kind, tensor in (("weights", parameter.detach()), ("gradients", parameter.grad)):

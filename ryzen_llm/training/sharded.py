@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -49,8 +50,7 @@ def shard(model: Transformer, mesh: DeviceMesh) -> None:
 def whole_state_dict(model: Transformer) -> dict[str, Tensor]:
     """The weights on the CPU, put together where they are sharded. A collective; they are on rank 0 only."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Tensor] = get_model_state_dict(model, options=options)
-    return weights
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
 
 def is_sharded(path: Path) -> bool:
@@ -72,14 +72,14 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         if name.startswith(_WEIGHTS) and isinstance(entry, dcp_metadata.TensorStorageMetadata)
     }
     try:
-        dcp.load(weights, storage_reader=reader, no_dist=True)
+        load(weights, storage_reader=reader, no_dist=True)
     except CheckpointException as error:  # which is no Exception
         raise RuntimeError(f"its shards cannot be read: {error}") from error
     content["state_dict"] = {name.removeprefix(_WEIGHTS): tensor for name, tensor in weights.items()}
     return dict(content)
 
 
-class _PlainReader(dcp.FileSystemReader):
+class _PlainReader(FileSystemReader):
     """PyTorch's reader unpickles the list of what there is; this one knows no more than that needs."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:

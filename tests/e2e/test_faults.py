@@ -35,22 +35,28 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Any], Any
 
 
 def test_the_folder_is_removed_while_it_trains(
-    tmp_path: Path, corpus: Path, finished: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    corpus: Path,
+    finished: Path,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What was in it is gone; the run goes on, and its reports and last checkpoint are there at the end."""
+    """What was in it is gone: training fails at its next writing, says so, and can be started again."""
     out = tmp_path / "out"
 
     def remove(loss: Any) -> Any:
         shutil.rmtree(out)
         return loss
 
-    at_step(monkeypatch, 10, remove)
-    assert train(arguments(corpus, out, validation_rounds=1)) == 0
-    for name in REPORTS:
-        report(out, name)
-    final, same = (report(folder, "phase2_final_report") for folder in (out, finished))
-    assert (final["status"], final["accuracy"]) == ("done", same["accuracy"])
-    assert (out / "checkpoints" / "step=40.ckpt").is_file()
+    with monkeypatch.context() as once:
+        at_step(once, 10, remove)
+        assert train(arguments(corpus, out)) == 1
+    assert "No such file or directory" in capsys.readouterr().out
+    final = report(out, "phase2_final_report")
+    assert [phase["status"] for phase in final["phases"]] == ["done", "failed", "skipped", "skipped", "done"]
+    assert train(arguments(corpus, out, resume=True)) == 0
+    assert_same_outcome(out, finished)
 
 
 def test_a_loss_that_is_not_a_number(

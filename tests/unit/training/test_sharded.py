@@ -22,7 +22,7 @@ Checkpoint = tuple[Path, LanguageModule]
 def sharded(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     """What `checkpoint` holds, laid out as Lightning lays out a checkpoint of several processes."""
     content = torch.load(checkpoint[0], weights_only=True)
-    folder = tmp_path / "checkpoints" / "step=8.ckpt"
+    folder = tmp_path / "shards" / "step=8.ckpt"
     tensors = {
         "state_dict": content.pop("state_dict"),
         "optimizer_0": {"state": {"x": torch.ones(3), "n": 1}},
