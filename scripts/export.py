@@ -21,6 +21,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, help="directory to write; it must not be there yet")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file (default: 5)")
+    parser.add_argument(
+        "--keep-compressed",
+        action="store_true",
+        help="write a compressed embedding as it is, for load_pretrained only",
+    )
     options = parser.parse_args(arguments)
     try:
         model, tokenizer = load_pretrained(options.model)
@@ -30,6 +35,7 @@ def main(arguments: list[str]) -> int:
             options.out,
             dtype=options.dtype,
             max_shard_bytes=int(options.max_shard_gb * 1e9),
+            densify=not options.keep_compressed,
         )
     except InputError as error:
         return exit_with(error)

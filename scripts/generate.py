@@ -13,9 +13,10 @@ import torch
 
 from ryzen_llm.cache import CACHES
 from ryzen_llm.data import StreamDecoder, Tokenizer
-from ryzen_llm.decoding import WEIGHTS, Generation, Generator
+from ryzen_llm.decoding import DRAFTERS, WEIGHTS, Drafter, DraftModelDrafter, Generation, Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
+from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline import exit_with
 
 
@@ -47,13 +48,26 @@ def main(arguments: list[str]) -> int:
         "--compile", action="store_true", help="compile the decoding step: a minute once, then faster"
     )
     parser.add_argument(
+        "--drafter",
+        action="append",
+        metavar="NAME[:PATH]",
+        help=f"decode speculatively, the same text sooner: {', '.join(DRAFTERS)}:PATH or draft_model:PATH; "
+        "may be given several times, to choose from at each step",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print an object, or a list of them for several prompts"
     )
     options = parser.parse_args(arguments)
     try:
         prompts = _prompts(options)
         model, tokenizer = load_pretrained(options.model)
-        generator = Generator(model, cache=options.cache, weights=options.weights, compile=options.compile)
+        generator = Generator(
+            model,
+            cache=options.cache,
+            drafter=[_drafter(name, model) for name in options.drafter or ()],
+            weights=options.weights,
+            compile=options.compile,
+        )
         if not prompts:
             converse(generator, tokenizer, options)
         elif options.json or len(prompts) > 1:
@@ -98,6 +112,7 @@ def answer_all(
                 "text": tokenizer.decode(new_ids),
                 "ids": new_ids,
                 "tokens_per_second": out.tokens_per_second,
+                "accepted_per_step": out.accepted_per_step,
                 "time_to_first_token_s": out.time_to_first_token_s,
                 "stop_reason": "length" if end is None else "stop",
             }
@@ -155,6 +170,13 @@ def _generate(
         stop_tokens=tokenizer.stop_ids,
         on_token=on_token,
     )
+
+
+def _drafter(name: str, model: Transformer) -> str | Drafter:
+    kind, _, path = name.partition(":")
+    if kind == "draft_model":
+        return DraftModelDrafter(load_pretrained(path)[0], model.config.vocab_size)
+    return name
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.pipeline import Orchestrator, exit_with, parse
+from ryzen_llm.pipeline import DrafterOrchestrator, Orchestrator, exit_with, parse
 
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 1 a phase failed, 2 bad input, 3 with --strict a verdict is FAIL, 130 Ctrl-C."""
     try:
         config = parse(arguments)
-        report = Orchestrator(config).run()
+        report = (DrafterOrchestrator if config.drafter.target else Orchestrator)(config).run()
     except InputError as error:
         return exit_with(error)
     except KeyboardInterrupt:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.cache import check_names
+from ryzen_llm.decoding import check_drafters
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import cross_entropy
 from ryzen_llm.model import Transformer
 
 _FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
@@ -56,7 +56,7 @@ class Thresholds:
 class Optimizations:
     """Which optimisations the run uses; one switched off is reported as not measured.
 
-    Raises InputError for an unknown kind of cache.
+    Raises InputError for an unknown kind of cache, and for an unknown drafter or none.
 
     Args:
         enable_kernel_optimization: Use and measure the optimised kernels.
@@ -64,6 +64,7 @@ class Optimizations:
         enable_kv_cache_optimization: Use and measure the compressed key-value cache.
         enable_speculative_decoding: Use and measure speculative decoding.
         kv_cache: Kind of compressed cache that is used and measured: int8, k8v4, int4, int4-sinks or fp8.
+        drafters: Drafters that are used and measured: suffix, recycling, heads:PATH; the best at each step.
     """
 
     enable_kernel_optimization: bool = True
@@ -71,14 +72,13 @@ class Optimizations:
     enable_kv_cache_optimization: bool = True
     enable_speculative_decoding: bool = True
     kv_cache: str = "int8"
+    drafters: tuple[str, ...] = ("suffix", "recycling")
 
     def __post_init__(self) -> None:
         check_names([self.kv_cache])
-
-
-def plain_loss(model: Transformer, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`Transformer.loss` as it is commonly written, from all logits at once: that of the baselines."""
-    return cross_entropy(model(input_ids), targets)
+        if self.enable_speculative_decoding and not self.drafters:
+            raise InputError("drafters is empty, expected one or more, or enable_speculative_decoding: false")
+        check_drafters(self.drafters)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,45 @@
 """Generating text with a model."""
 
-from ryzen_llm.decoding.generator import WEIGHTS, Generation, Generator
+from ryzen_llm.decoding.drafters import (
+    DRAFTERS,
+    Draft,
+    Drafter,
+    DraftHeads,
+    DraftModelDrafter,
+    DraftSession,
+    HeadsConfig,
+    HeadsDrafter,
+    RecyclingDrafter,
+    Step,
+    SuffixDrafter,
+    check_drafters,
+    output_rows,
+)
+from ryzen_llm.decoding.generation import Generation
+from ryzen_llm.decoding.generator import WEIGHTS, Generator
 from ryzen_llm.decoding.kv_cache_optimizer import CacheChoice, KVCacheOptimizer
 from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.speculative import SpeculativeDecoder
 
-__all__ = ["WEIGHTS", "CacheChoice", "Generation", "Generator", "KVCacheOptimizer", "Sampling"]
+__all__ = [
+    "DRAFTERS",
+    "WEIGHTS",
+    "CacheChoice",
+    "Draft",
+    "DraftHeads",
+    "DraftModelDrafter",
+    "DraftSession",
+    "Drafter",
+    "Generation",
+    "Generator",
+    "HeadsConfig",
+    "HeadsDrafter",
+    "KVCacheOptimizer",
+    "RecyclingDrafter",
+    "Sampling",
+    "SpeculativeDecoder",
+    "Step",
+    "SuffixDrafter",
+    "check_drafters",
+    "output_rows",
+]

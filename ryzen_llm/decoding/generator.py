@@ -5,15 +5,16 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ryzen_llm.cache import KVCache, LayerCache, LayerFormat, build_cache, check_names
-from ryzen_llm.decoding.cuda_graph import GraphedStep
+from ryzen_llm.cache import KVCache, LayerFormat, build_cache, check_names
+from ryzen_llm.decoding.drafters import Drafter
+from ryzen_llm.decoding.fixed_width import FixedWidthPass
+from ryzen_llm.decoding.generation import Generation, require_finite
 from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.speculative import SpeculativeDecoder
 from ryzen_llm.decoding.weights import KINDS, quantise_weights
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import supports_bf16
@@ -24,29 +25,6 @@ STOP_CHECK_INTERVAL = 16
 """Tokens between two looks at whether all rows have stopped, where a look makes the host wait for a GPU."""
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What `Generator.generate` made, and how fast.
-
-    Attributes:
-        ids: Prompt and new tokens, (batch, time) int64.
-        new_ids: The new tokens alone, a stop token included; a row that stopped before the others is filled
-            up with its stop token.
-        stop_reason: "stop" if every row met a stop token, otherwise "length".
-        time_to_first_token_s: Seconds from the call to the first new token.
-        tokens_per_second: New tokens of all rows after the first, over the seconds they took; None if there
-            was only the first.
-        accepted_per_step: Tokens a step of speculative decoding gave on average; None without a drafter.
-    """
-
-    ids: Tensor
-    new_ids: Tensor
-    stop_reason: Literal["stop", "length"]
-    time_to_first_token_s: float
-    tokens_per_second: float | None
-    accepted_per_step: float | None
-
-
 class Generator:
     """Generates with a model whose own weights, mode and compilation are left as they are.
 
@@ -54,7 +32,8 @@ class Generator:
         model: The model; its weights are taken as they are now.
         cache: Kind of key-value cache, a name in `ryzen_llm.cache.CACHES`, or one for each
             layer, also as `KVCacheOptimizer` makes them.
-        drafter: Name of a drafter for speculative decoding; none is built yet.
+        drafter: For speculative decoding: a name in `drafters.DRAFTERS`, a `Drafter`, or several to choose
+            from at each step; the ids stay those of decoding without one (`SpeculativeDecoder`).
         weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, "fp32", or
             "int8" or "int4", which decode faster and change the output a little (`decoding.weights`).
         compile: Compile the step that decodes one token; the first call then takes up to a minute longer.
@@ -68,13 +47,11 @@ class Generator:
         model: Transformer,
         *,
         cache: str | Sequence[str | LayerFormat] = "dense",
-        drafter: str | None = None,
+        drafter: str | Drafter | Sequence[str | Drafter] | None = None,
         weights: str = "bf16",
         compile: bool = False,
     ) -> None:
         check_names([cache] if isinstance(cache, str) else cache)
-        if drafter is not None:
-            raise InputError(f"unknown drafter {drafter!r}: none is built yet, leave it out")
         if weights not in WEIGHTS:
             raise InputError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
         self.device = next(model.parameters()).device
@@ -99,9 +76,8 @@ class Generator:
             quantise_weights(self.model, weights)
         # Asking for one graph is an error where the user has switched the compiler off.
         disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
-        compile = compile and not disabled
-        # The whole step is one graph: a graph a block would pay for Python and guards once a block.
-        self._step = torch.compile(self._next_logits, fullgraph=True) if compile else self._next_logits
+        self.fixed_width = FixedWidthPass(self.model, self.device, compile and not disabled)
+        self.speculation = SpeculativeDecoder(self, drafter) if drafter else None
 
     @torch.inference_mode()
     def generate(
@@ -130,29 +106,33 @@ class Generator:
 
         Raises InputError for prompts or settings that cannot work.
         """
+        if self.speculation:
+            return self.speculation.generate(
+                input_ids,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_tokens=stop_tokens,
+                on_token=on_token,
+            )
         started = time.perf_counter()
         sampling = Sampling(temperature, top_k, top_p)
-        input_ids = self._check_prompt(input_ids, max_new_tokens)
+        input_ids = self.check_prompt(input_ids, max_new_tokens)
         batch_size, prompt_length = input_ids.shape
         rng = torch.Generator(self.device)
         rng.seed() if seed is None else rng.manual_seed(seed)
-        cache = build_cache(
-            self.cache,
-            self.model.config,
-            batch_size=batch_size,
-            max_length=prompt_length + max_new_tokens,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        cache = self.new_cache(batch_size, prompt_length + max_new_tokens)
         stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=self.device)
         stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
         # Waiting for the device at every token would leave it idle; a CPU is not waited for.
         interval = 1 if self.device.type == "cpu" or on_token is not None else STOP_CHECK_INTERVAL
-        logits = self._next_logits(input_ids, cache.append(prompt_length), cache.layers)
+        hidden_states = self.model.run_blocks(input_ids, cache.append(prompt_length), cache.layers)
+        logits = self.model.logits(hidden_states[:, -1])
         finite = logits.isfinite().all()
         new_ids: list[Tensor] = []
         first_token_at = started
-        step: Callable[[Tensor], Tensor] | None = None
         while True:
             token = sampling.sample(logits, rng)
             new_ids.append(torch.where(stopped, new_ids[-1], token) if new_ids else token)
@@ -166,17 +146,11 @@ class Generator:
                     break
             if len(new_ids) == max_new_tokens:
                 break
-            if step is None:
-                step = self._decoding_step(cache, token[:, None])
-            logits = step(new_ids[-1][:, None])
+            logits = self.fixed_width(new_ids[-1][:, None], cache).logits[:, 0]
             finite &= logits.isfinite().all()
 
         seconds = self._now() - first_token_at
-        if not finite:
-            raise InputError(
-                "the model's logits are not finite: its weights are damaged, or its activations overflow in "
-                f"{self.dtype}: try weights fp32"
-            )
+        require_finite(finite, self.dtype)
         added = torch.stack(new_ids, dim=1)
         if stop_tokens:  # what was generated between the last row's stop and noticing it
             ended = torch.isin(added, stops).cumsum(1).bool().all(0)
@@ -191,30 +165,24 @@ class Generator:
             accepted_per_step=None,
         )
 
-    def _next_logits(self, input_ids: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Tensor:
-        return self.model.logits(self.model.run_blocks(input_ids, positions, layers)[:, -1])
-
-    def _decoding_step(self, cache: KVCache, tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """From tokens (batch, 1) to the logits after them."""
-        if self.device.type == "cuda":
-            cache.reserve(cache.max_length)
-            return GraphedStep(self._step, cache, tokens)
-
-        def step(tokens: Tensor) -> Tensor:
-            positions = cache.append(1)
-            if self.compile:
-                for layer in cache.layers:
-                    layer.mark_dynamic()
-            return self._step(tokens, positions, cache.layers)
-
-        return step
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache of the kind asked for."""
+        return build_cache(
+            self.cache,
+            self.model.config,
+            batch_size=batch_size,
+            max_length=max_length,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def _check_prompt(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+    def check_prompt(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """The prompt as (batch, time) on the model's device; raises InputError where it cannot work."""
         config = self.model.config
         if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or not input_ids.numel():
             raise InputError(

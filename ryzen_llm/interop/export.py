@@ -25,6 +25,7 @@ from ryzen_llm.interop.hf_directory import (
     TOKENIZER_CONFIG,
     WEIGHTS,
 )
+from ryzen_llm.interop.native_directory import native_config, native_weights
 from ryzen_llm.interop.weights import dtype_named, weights_of
 from ryzen_llm.model import Transformer
 
@@ -37,12 +38,12 @@ def export_pretrained(
     *,
     dtype: str = "fp32",
     max_shard_bytes: int = 5_000_000_000,
+    densify: bool = True,
 ) -> Path:
     """Write a Hugging Face directory: safetensors, config.json and the tokenizer's files; returns its path.
 
     `transformers.AutoModelForCausalLM.from_pretrained` loads it with the same logits, and `load_pretrained`
-    with the same bits where `dtype` holds them. A compressed embedding is written densified. The directory
-    appears complete or not at all.
+    with the same bits where `dtype` holds them. The directory appears complete or not at all.
 
     Args:
         model: The model, on any device.
@@ -50,6 +51,8 @@ def export_pretrained(
         directory: Where to; it must not be there yet, or be empty.
         dtype: "fp32", "bf16" or "fp16".
         max_shard_bytes: Size in bytes above which the weights are split into several files.
+        densify: Write a compressed embedding as the dense one that it stands for. Without, it is written as
+            it is, which only `load_pretrained` reads.
 
     Raises InputError for a directory that is in use or cannot be written, an unknown dtype, and a model whose
     combination of options no architecture of transformers has.
@@ -58,11 +61,14 @@ def export_pretrained(
     target = dtype_named(dtype)
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}, expected 1 or more")
-    config = write_config(model.config) | {"torch_dtype": str(target).removeprefix("torch.")}
-    norm_offset = 1.0 if model.config.post_norms else 0.0
-    weights = (
-        (name, tensor.to("cpu", target).contiguous()) for name, tensor in weights_of(model, norm_offset)
-    )
+    weights: Iterable[tuple[str, Tensor]]
+    if densify or model.config.embedding == "dense":
+        config = write_config(model.config) | {"torch_dtype": str(target).removeprefix("torch.")}
+        norm_offset = 1.0 if model.config.post_norms else 0.0
+        weights = ((name, t.to("cpu", target).contiguous()) for name, t in weights_of(model, norm_offset))
+    else:
+        config = native_config(model.config)
+        weights = native_weights(model, target)
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise InputError(f"{directory}: is there already; name another directory, or remove it")
@@ -76,7 +82,9 @@ def export_pretrained(
             _write_json(building / GENERATION_CONFIG, stops)
             (building / TOKENIZER).write_text(tokenizer.to_plain_json(), encoding="utf-8")
             _write_json(building / TOKENIZER_CONFIG, _tokenizer_config(model, tokenizer))
-            building.chmod(0o755)  # mkdtemp makes private ones
+            building.chmod(0o755)  # mkdtemp makes private ones, and so does safetensors
+            for file in building.iterdir():
+                file.chmod(0o644)
             os.replace(building, directory)
         finally:
             shutil.rmtree(building, ignore_errors=True)

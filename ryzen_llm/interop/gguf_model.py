@@ -170,10 +170,16 @@ def _scaling(fields: Fields) -> RopeScaling | None:
     factor = fields.number("rope.scaling.factor", 1.0)
     original = fields.whole("rope.scaling.original_context_length", 0)
     fields.only("rope.scaling.attn_factor", 1.0)
+    ramp = {
+        name: fields.number(f"rope.scaling.yarn_{name}", default)
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    }
     if kind == "none" or factor == 1.0:
         return None
     try:
-        return RopeScaling(kind=kind, factor=factor, original_max_position_embeddings=original)
+        if kind == "linear":
+            return RopeScaling(kind=kind, factor=factor)
+        return RopeScaling(kind=kind, factor=factor, original_max_position_embeddings=original, **ramp)
     except InputError as error:
         raise InputError(f"{fields.where}: {error}") from error
 

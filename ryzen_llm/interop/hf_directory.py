@@ -14,6 +14,7 @@ from ryzen_llm.data import SpecialTokens, Tokenizer
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop.fields import Fields
 from ryzen_llm.interop.hf_config import parse_config
+from ryzen_llm.interop.native_directory import MODEL_TYPE, load_native, parse_native
 from ryzen_llm.interop.weights import load_weights
 from ryzen_llm.model import Transformer
 
@@ -31,7 +32,9 @@ _TIED_HEAD = "lm_head.weight"
 class SafetensorsFiles:
     """The tensors of a directory's safetensors files (see `TensorSource`), memory-mapped one at a time."""
 
-    def __init__(self, directory: Path, *, tied: bool, norm_offset: float) -> None:
+    def __init__(
+        self, directory: Path, *, tied: bool, norm_offset: float, dtypes: tuple[str, ...] | None = _DTYPES
+    ) -> None:
         self.where = str(directory)
         self.norm_offset = norm_offset
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -41,10 +44,10 @@ class SafetensorsFiles:
                 file: Any = safe_open(path, framework="pt")
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     piece = file.get_slice(name)
-                    if piece.get_dtype() not in _DTYPES:
+                    if dtypes is not None and piece.get_dtype() not in dtypes:
                         raise InputError(
                             f"{path}: {name[:100]} is of dtype {piece.get_dtype()}, expected "
-                            f"{', '.join(_DTYPES)}: quantised checkpoints are not supported"
+                            f"{', '.join(dtypes)}: quantised checkpoints are not supported"
                         )
                     if name in self.shapes:
                         raise InputError(f"{path}: {name[:100]} is in another file of the model too")
@@ -67,6 +70,10 @@ class SafetensorsFiles:
 def load_directory(directory: Path, dtype: torch.dtype) -> tuple[Transformer, Tokenizer]:
     """The model and tokenizer of a Hugging Face directory; see `load_pretrained`."""
     values = read_json(directory / CONFIG)
+    if values.get("model_type") == MODEL_TYPE:
+        native = parse_native(values, str(directory / CONFIG))
+        tensors = SafetensorsFiles(directory, tied=False, norm_offset=0.0, dtypes=None)
+        return load_native(native, tensors, dtype), _read_tokenizer(directory, values)
     config = parse_config(values, str(directory / CONFIG))
     tokenizer = _read_tokenizer(directory, values)
     source = SafetensorsFiles(

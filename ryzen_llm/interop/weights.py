@@ -47,7 +47,7 @@ def load_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype) 
             model = Transformer(config).to(dtype)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise InputError(f"{source.where}: its sizes make no model ({error})") from error
-    _compare({name: tuple(place.shape) for name, place, _ in _places(model)}, source)
+    compare_shapes({name: tuple(place.shape) for name, place, _ in _places(model)}, source)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, place, is_norm in _places(model):
@@ -94,7 +94,8 @@ def _places(model: Transformer) -> Iterator[tuple[str, Tensor, bool]]:
         yield "lm_head.weight", model.head.weight.detach(), False
 
 
-def _compare(expected: dict[str, tuple[int, ...]], source: TensorSource) -> None:
+def compare_shapes(expected: dict[str, tuple[int, ...]], source: TensorSource) -> None:
+    """Raise InputError that lists the tensors that are missing, not expected or of another shape."""
     found = source.shapes
     faults = {
         "missing": sorted(expected.keys() - found.keys()),

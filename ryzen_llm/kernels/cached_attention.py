@@ -20,6 +20,8 @@ from torch import Tensor
 KEY_BLOCK = 512
 QUERY_BLOCK = 512
 MOST_FUSED_ROWS = 64
+MOST_DENSE_FUSED_ROWS = 8
+"""Beyond, a library's attention on keys as they are beats Inductor's loops, which take each row by itself."""
 
 
 class Stored(NamedTuple):
@@ -103,9 +105,12 @@ def cached_attention(
     if sinks is not None:
         seen = _visible(positions, num_sinks, 0, window, 0)
         segments.insert(0, (Stored(sinks[0]), Stored(sinks[1]), seen))
-    if few and torch.compiler.is_compiling():
+    dense = sinks is None and keys.scale is None and values.scale is None
+    if few and torch.compiler.is_compiling() and not (dense and _rows(queries, keys) > MOST_DENSE_FUSED_ROWS):
         return _fused(queries, segments)
-    if sinks is None and keys.scale is None and values.scale is None:
+    if dense and few:
+        return _grouped(queries, keys.codes, values.codes, segments[0][2])
+    if dense:
         return F.scaled_dot_product_attention(
             queries,
             keys.codes.to(queries.dtype),
@@ -199,6 +204,18 @@ def _fused(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
     mixed = [mix(part, values) for part, (_, values, _) in zip(parts, segments, strict=True)]
     context = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
     return context.reshape(batch, heads, time, head_dim).to(queries.dtype)
+
+
+def _grouped(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """The queries that share a key head as rows of one head, so that its keys are read once for all."""
+    batch, heads, time, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    rows = queries.reshape(batch, kv_heads, -1, head_dim)
+    mask = seen[:, None].expand(-1, heads // kv_heads, -1, -1).flatten(1, 2)[:, None]
+    context = F.scaled_dot_product_attention(
+        rows, keys.to(queries.dtype), values.to(queries.dtype), attn_mask=mask
+    )
+    return context.view(batch, heads, time, head_dim)
 
 
 def _in_blocks(queries: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from ryzen_callbacks.paired import measure_pair
 from torch import Tensor
 
-from ryzen_llm.claims.context import plain_loss
+from ryzen_llm.kernels import PLAIN
 from ryzen_llm.training import LanguageModule
 
 _ROUNDS = 2
@@ -66,12 +67,16 @@ class SpeedBursts(Callback):
 
 def _measure(trainer: Trainer, module: LanguageModule, batch: Tensor) -> float:
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = list(module.parameters())
+
+    # A copy is not compiled. To switch the model itself to plain ops and back would have it compiled anew.
+    plain = copy.deepcopy(module.model)
+    plain.use_kernels(PLAIN)
 
     def naive() -> None:
-        with torch.compiler.set_stance("force_eager"), torch.autocast(batch.device.type, enabled=False):
-            loss, _ = plain_loss(module.model, inputs, targets)
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.autocast(batch.device.type, enabled=False):
+            loss, _ = plain.loss(inputs, targets)
+        torch.autograd.grad(loss, list(plain.parameters()), allow_unused=True)
 
     def ours() -> None:
         with trainer.precision_plugin.forward_context():

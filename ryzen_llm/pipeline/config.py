@@ -110,6 +110,33 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class DrafterOptions:
+    """Training draft heads for a model, in the place of a language model.
+
+    Args:
+        target: The model to train heads for, as for load_pretrained: a checkpoint, run, directory or GGUF
+            file. Null trains a language model.
+        texts: How many texts it writes itself to train on, at least.
+        length: Tokens of each.
+        vocab_size: How many tokens can be drafted, those that it writes most.
+        intermediate_size: Width of the heads' hidden layer.
+        depth: Tokens of a draft.
+    """
+
+    target: str | None = None
+    texts: int = 288
+    length: int = 384
+    vocab_size: int = 8192
+    intermediate_size: int = 1024
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("texts", 1), ("length", 64), ("vocab_size", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"drafter.{name} is {getattr(self, name)}, expected {least} or more")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole configuration, checked.
 
@@ -121,6 +148,7 @@ class RunConfig:
     thresholds: Thresholds
     optimizations: Optimizations
     optimizer: OptimizerConfig
+    drafter: DrafterOptions
     data: TextDataModule
     model: dict[str, Any]
     trainer: dict[str, Any]
@@ -227,6 +255,7 @@ def build_parser() -> ArgumentParser:
             help=f"Default: {default}.",
         )
     parser.add_class_arguments(OptimizerConfig, "optimizer")
+    parser.add_class_arguments(DrafterOptions, "drafter")
     parser.add_class_arguments(Trainer, "trainer", skip=_TRAINER_SKIP)
     parser.add_argument(
         "--trainer.precision",
@@ -266,6 +295,7 @@ def from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
         thresholds=part(Thresholds),
         optimizations=part(Optimizations),
         optimizer=OptimizerConfig(**values["optimizer"].as_dict()),
+        drafter=DrafterOptions(**values["drafter"].as_dict()),
         data=TextDataModule(**values["data"].as_dict()),
         model=values["model"].as_dict(),
         trainer=values["trainer"].as_dict(),

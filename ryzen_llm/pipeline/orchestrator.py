@@ -19,13 +19,14 @@ from lightning.pytorch import Trainer, seed_everything
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, TaskID
-from ryzen_callbacks import OptimizationValidator, ValidationReport, write_json
+from ryzen_callbacks import Claim, OptimizationValidator, ValidationReport, write_json
 from torch import Tensor
 
 from ryzen_llm.claims import ClaimContext, build_claims
 from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
+from ryzen_llm.kernels import PLAIN, describe_device
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.config import RunConfig
 from ryzen_llm.pipeline.earlier import Earlier, read_earlier
@@ -37,7 +38,7 @@ from ryzen_llm.pipeline.pages import (
     write_markdown_report,
 )
 from ryzen_llm.pipeline.recommendations import recommend
-from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
+from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Kernels, Phase
 from ryzen_llm.pipeline.screen import show_summary
 from ryzen_llm.pipeline.training import (
     CHECKPOINTS,
@@ -49,6 +50,7 @@ from ryzen_llm.pipeline.training import (
 )
 from ryzen_llm.selftest import IntegrationTestReport, IntegrationTestRunner
 from ryzen_llm.training import (
+    KernelOptimizer,
     LanguageModule,
     check_resumable,
     choose_precision,
@@ -81,6 +83,7 @@ class Orchestrator:
         self.phases: list[Phase] = []
         self.validation: ValidationReport | None = None
         self.tests: IntegrationTestReport | None = None
+        self.kernels = Kernels(reason="setup did not finish")
         self.accuracy = Accuracy(reason="training did not finish")
         self.sample: str | None = None
         self.checkpoint: str | None = None
@@ -112,19 +115,10 @@ class Orchestrator:
         device = _device(self.config.trainer.get("accelerator", "auto"))
         precision, why = choose_precision(self.config.trainer.get("precision"), device)
         trains = options.runs("training")
-        model = self._initial_model() if trains else self._model_to_measure()
-        data.prepare_data()
         seed_everything(options.seed, verbose=False)
-        self.module = LanguageModule(
-            model or self.config.model_config(data.tokenizer.vocab_size),
-            self.config.optimizer,
-            compile=options.compile and trains,
-        )
-        self.weights = self.module.model.state_dict()
+        flops_per_token, what = self._build()
         try:
-            self.trainer: Trainer = build_trainer(
-                self.config, self.output_dir, precision, self.module.model.flops_per_token(data.context)
-            )
+            self.trainer: Trainer = build_trainer(self.config, self.output_dir, precision, flops_per_token)
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         if self._leads:
@@ -132,20 +126,62 @@ class Orchestrator:
         resumes = options.resume and trains
         self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if resumes else None
         if self.resume_from:
-            check_resumable(self.resume_from, self.module.model.config, data)
+            self._check_resumable(self.resume_from)
         if resumes:
             where = (
                 f"from {self.resume_from.name}" if self.resume_from else "from the start: no checkpoint yet"
             )
             self.console.print(f"resuming {where}")
         self.console.print(
-            f"{escape(data.store.corpus)}: {data.num_tokens('train'):,} training tokens; "
-            f"model {escape(self.config.model_name)} with {self.module.model.num_parameters():,} parameters; "
-            f"{device.type} ({why}): {precision}; torch.compile {'on' if options.compile else 'off'}"
+            f"{escape(what)}; {device.type} ({why}): {precision}; "
+            f"torch.compile {'on' if options.compile else 'off'}"
         )
+        self._choose_kernels(device, precision)
         if self._leads:
             self._clear_reports()
         self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
+
+    def _choose_kernels(self, device: torch.device, precision: str) -> None:
+        """Have the model use the forms of its ops that are fastest here."""
+        self.kernels = Kernels(device=describe_device(device))
+        self.console.print(escape(str(self.kernels.device)))
+        if not self.config.optimizations.enable_kernel_optimization:
+            self.kernels.reason = "switched off by enable_kernel_optimization: false"
+            self.module.model.use_kernels(PLAIN)
+            return
+        optimizer = KernelOptimizer(
+            self.module.model,
+            self.config.data.batch_size,
+            self.config.data.context,
+            bf16=precision == "bf16-mixed",
+            compile=self.config.options.compile,
+            device=device,
+            cache_dir=self.config.data.cache_dir,
+        )
+        with self.console.status("measuring kernels") as status:
+            self.kernels.choices = optimizer.optimize(
+                lambda op, done, total: status.update(f"measuring kernels: {op} ({done + 1} of {total})")
+            )
+        chosen = ", ".join(f"{choice.op}: {choice.choice}" for choice in self.kernels.choices)
+        self.console.print(f"kernels: {escape(chosen)}")
+
+    def _build(self) -> tuple[int | None, str]:
+        """Make what is trained and its data; returns FLOPs a token, and both in words."""
+        data = self.config.data
+        trains = self.config.options.runs("training")
+        initial = self._initial_model() if trains else self._model_to_measure()
+        data.prepare_data()
+        self.module = LanguageModule(
+            initial or self.config.model_config(data.tokenizer.vocab_size),
+            self.config.optimizer,
+            compile=self.config.options.compile and trains,
+        )
+        model = self.module.model
+        self.weights = model.state_dict()
+        return model.flops_per_token(data.context), (
+            f"{data.store.corpus}: {data.num_tokens('train'):,} training tokens; "
+            f"model {self.config.model_name} with {model.num_parameters():,} parameters"
+        )
 
     def _initial_model(self) -> Transformer | None:
         """The model to start from, whose tokenizer becomes that of the data; None where none is given."""
@@ -183,6 +219,9 @@ class Orchestrator:
         model, self.config.data.given_tokenizer = load_pretrained(path)
         self.config.check_initial(path, model.config)
         return model
+
+    def _check_resumable(self, checkpoint: Path) -> None:
+        check_resumable(checkpoint, self.module.model.config, self.config.data)
 
     def _clear_reports(self) -> None:
         """Remove the reports of an earlier call, so that they are not taken for this one's.
@@ -246,7 +285,7 @@ class Orchestrator:
             initial_val_loss = measured["val_loss"]
             self.console.print(f"validation loss before training: {initial_val_loss:.3f} nats per token")
         try:
-            train(self.trainer, self.module, self.config, self.resume_from)
+            train(self.trainer, self.module, data, self.resume_from)
         except RuntimeError as error:
             if self.trainer.world_size > 1:  # the error does not say which process is gone
                 error.add_note(
@@ -289,7 +328,7 @@ class Orchestrator:
 
     def _trained_model(self) -> Transformer:
         """The trained weights in a model that is not compiled."""
-        model = Transformer(self.module.model.config)
+        model = Transformer(self.module.model.config, self.module.model.kernels)
         model.load_state_dict(self.weights)
         return model.eval()
 
@@ -299,22 +338,26 @@ class Orchestrator:
             return list(islice(data.train_dataloader(), count))
         return [batch for loader in data.val_dataloader() for batch in islice(loader, count)]
 
-    def _validate(self) -> None:
-        options = self.config.options
-        if not options.runs("training"):
-            self.trainer.loggers = []  # the curves are training's
-            self.trainer.validate(self.module, datamodule=self.config.data, verbose=False)
-            self._evaluate(None, "this call did not train")
-        context = ClaimContext(
-            model=self._trained_model(),
+    def _claims(self) -> list[Claim]:
+        return build_claims(self._claim_context(self._trained_model()))
+
+    def _claim_context(self, model: Transformer) -> ClaimContext:
+        return ClaimContext(
+            model=model,
             train_batches=self._batches("train", 2),
             val_batches=self._batches("val", 8),
             precision=str(self.trainer.precision),
-            compile=options.compile,
+            compile=self.config.options.compile,
             device=self.module.device,
             thresholds=self.config.thresholds,
             enabled=self.config.optimizations,
         )
+
+    def _validate(self) -> None:
+        if not self.config.options.runs("training"):
+            self.trainer.loggers = []  # the curves are training's
+            self.trainer.validate(self.module, datamodule=self.config.data, verbose=False)
+            self._evaluate(None, "this call did not train")
         with Progress(console=self.console, transient=True) as progress:
             bars: dict[str, TaskID] = {}
 
@@ -324,20 +367,23 @@ class Orchestrator:
                 progress.update(bars[name], completed=done, total=total)
 
             validator = OptimizationValidator(
-                build_claims(context),
+                self._claims(),
                 path=self.output_dir / VALIDATION_REPORT,
-                rounds=options.validation_rounds,
+                rounds=self.config.options.validation_rounds,
                 on_progress=on_progress,
             )
             self.validation = validator.validate()
 
-    def _test(self) -> None:
-        runner = IntegrationTestRunner(
+    def _self_tests(self) -> IntegrationTestRunner:
+        return IntegrationTestRunner(
             self._trained_model(),
             self.config.data.tokenizer,
             self._batches("val", 1),
             self.output_dir / TRAINING_REPORT,
         )
+
+    def _test(self) -> None:
+        runner = self._self_tests()
         with Progress(console=self.console, transient=True) as progress:
             bar = progress.add_task("self-tests")
             self.tests = runner.run(
@@ -404,6 +450,7 @@ class Orchestrator:
             checkpoint=self.checkpoint,
             phases=[*self.phases, Phase(name="reporting", status="done", duration_s=None)],
             optimizations=components,
+            kernels=self.kernels,
             e2e_speedup=components.get("end_to_end"),
             accuracy=self.accuracy,
             tests=self.tests.summary.model_dump() if self.tests else None,

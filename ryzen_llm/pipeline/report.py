@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ryzen_llm.training import OpChoice
+
 PhaseStatus = Literal["done", "failed", "interrupted", "skipped"]
 
 
@@ -47,6 +49,15 @@ class Accuracy(_Part):
     """Why a figure is None."""
 
 
+class Kernels(_Part):
+    """The form chosen for each op and all that were measured; without any, `reason` says why."""
+
+    device: str | None = None
+    """Instruction sets and caches, or a GPU's properties."""
+    choices: list[OpChoice] = []
+    reason: str | None = None
+
+
 class FinalReport(_Part):
     """The report of the whole run."""
 
@@ -56,6 +67,7 @@ class FinalReport(_Part):
     """The weights that everything below is about; within the output directory where they lie there."""
     phases: list[Phase]
     optimizations: dict[str, Component]
+    kernels: Kernels = Kernels(reason="setup did not finish")
     e2e_speedup: Component | None
     accuracy: Accuracy
     tests: dict[str, Any] | None

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,7 +18,7 @@ from ryzen_callbacks.atomic_file import write_text
 from ryzen_llm.pipeline.bursts import SpeedBursts
 from ryzen_llm.pipeline.config import RunConfig
 from ryzen_llm.pipeline.dashboard import Dashboard
-from ryzen_llm.training import LanguageModule, ShardedStrategy
+from ryzen_llm.training import ShardedStrategy
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -26,7 +26,9 @@ TRAINING_REPORT = "training_metrics_report.json"
 CONFIG = "config.yaml"
 
 
-def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per_token: int) -> Trainer:
+def build_trainer(
+    config: RunConfig, output_dir: Path, precision: str, flops_per_token: int | None
+) -> Trainer:
     """The Trainer of a run; it writes below `output_dir` only."""
     # Lightning suggests worker processes; a window is a slice of a memory map, no work for them.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -81,9 +83,11 @@ def build_trainer(config: RunConfig, output_dir: Path, precision: str, flops_per
     )
 
 
-def train(trainer: Trainer, module: LanguageModule, config: RunConfig, resume_from: Path | None) -> None:
+def train(
+    trainer: Trainer, module: LightningModule, data: LightningDataModule, resume_from: Path | None
+) -> None:
     """Fit, from the start or from a checkpoint, and leave a checkpoint of the last step."""
-    trainer.fit(module, datamodule=config.data, ckpt_path=resume_from, weights_only=True)
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
     last = Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}.ckpt"
     # The newest it wrote, which every process knows; not whether the file is there, which depends on timing.

@@ -137,10 +137,22 @@ def test_the_cache_and_the_weights_are_those_asked_for(run: Run, directory: Path
     assert "weights int8 need bf16" in run("--prompt=a", "--weights=int8", status=2)
 
 
+def test_drafters_change_the_speed_only(run: Run, directory: Path) -> None:
+    drafters = ["--drafter=suffix", "--drafter=recycling", f"--drafter=draft_model:{directory}"]
+    for settings in ("--temperature=0", "--temperature=0.9"):
+        options = [*prompts(PROMPTS[-1]), "--json", settings, "--seed=3", "--weights=fp32"]
+        plain, drafted = (json.loads(run(*options, *more)) for more in ([], drafters))
+        assert drafted["ids"] == plain["ids"]
+        assert plain["accepted_per_step"] is None
+        assert drafted["accepted_per_step"] >= 1
+
+
 @pytest.mark.filterwarnings("ignore:.*no bf16")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--prompt=a", "--drafter=eagle"], "unknown drafter 'eagle': choose of suffix"),
+        (["--prompt=a", "--drafter=heads:/nowhere"], "draft heads /nowhere: no such file"),
         (["--prompt=a", "--cache=int5"], "unknown cache 'int5': choose one of dense,"),
         (["--prompt=a", "--cache=fp8"], "fp8"),
         ([], "there is no prompt; give --prompt"),

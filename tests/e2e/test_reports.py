@@ -249,6 +249,7 @@ def test_accuracy_is_that_of_the_last_validation_and_of_the_corpus(finished: Pat
     last = report(finished, "training_metrics_report")["epochs"][-1]
     assert accuracy["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     assert accuracy["val_accuracy"] == pytest.approx(last["accuracy"], rel=1e-6)
+    assert accuracy["initial_val_loss"] is None
     assert accuracy["reason"] == "initial_val_loss: training started from random weights"
     (tokens,) = cache.glob("*/train.bin")
     _, counts = np.unique(np.fromfile(tokens, dtype="<u2"), return_counts=True)

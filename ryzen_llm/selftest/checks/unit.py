@@ -1,21 +1,53 @@
 """Each part on its own."""
 
+import copy
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from ryzen_callbacks import Claim, OptimizationValidator, TrainingMetricsCollector, TrainingMetricsReport
 
 from ryzen_llm.cache import build_cache
+from ryzen_llm.decoding import Generator, SpeculativeDecoder
+from ryzen_llm.kernels import CANDIDATES, PLAIN
 from ryzen_llm.selftest.trained import Trained
+from ryzen_llm.training import KernelOptimizer
 
 
-def test_kernel_optimizer_initialization() -> None:
-    pytest.skip("KernelOptimizer is not built yet")
+def test_kernel_optimizer_initialization(trained: Trained, tmp_path: Path) -> None:
+    """It chooses for every op of the model, changes no weight, and finds its choices again."""
+    model = copy.deepcopy(trained.model)
+    batch, time = trained.prompt.shape
+    choices = KernelOptimizer(model, batch, time, compile=False, cache_dir=tmp_path).optimize()
+    assert {choice.op for choice in choices} >= {"attention", "norm", "rotary_qkv", "loss"}
+    for choice in choices:
+        assert getattr(model.kernels, choice.op) == choice.choice
+        assert choice.choice in CANDIDATES[choice.op], choice.reason
+    assert model.content_hash() == trained.model.content_hash()
+    again = KernelOptimizer(model, batch, time, compile=False, cache_dir=tmp_path).optimize()
+    assert [c.choice for c in again] == [c.choice for c in choices]
+    assert not any(choice.measured_now for choice in again)
 
 
-def test_kernel_optimizer_compilation() -> None:
-    pytest.skip("KernelOptimizer is not built yet")
+def test_kernel_optimizer_compilation(trained: Trained) -> None:
+    """The model as it trained, compiled block by block, gives the loss and gradients of plain PyTorch."""
+    batch = trained.val_batches[0][:2].to(trained.device)
+    results = []
+    for kernels in (PLAIN, trained.model.kernels):
+        model = copy.deepcopy(trained.model).train()
+        model.use_kernels(kernels)
+        if kernels is not PLAIN:
+            torch._dynamo.reset()  # training has used up some of the compilations that dynamo allows
+            model.compile_blocks()
+        loss, _ = model.loss(batch[:, :-1], batch[:, 1:])
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
+    (plain_loss, plain), (loss, gradient) = results
+    torch.testing.assert_close(loss, plain_loss, atol=1e-3, rtol=1e-3)
+    error = (gradient - plain).norm() / plain.norm()
+    assert error < 0.01, f"the gradient is off by {error:.2%}"
 
 
 def test_embedding_compression_pipeline() -> None:
@@ -43,8 +75,17 @@ def test_kv_cache_initialization(trained: Trained) -> None:
     torch.testing.assert_close(again, first[:, length // 2 :], atol=1e-3, rtol=1e-3)
 
 
-def test_speculative_decoding_setup() -> None:
-    pytest.skip("SpeculativeDecoder is not built yet")
+def test_speculative_decoding_setup(trained: Trained) -> None:
+    """Drafts or none, over the same graph: the same ids."""
+    generator = Generator(trained.model, weights="fp32")
+    plain, speculative = (
+        SpeculativeDecoder(generator, drafter, widths=[4]).generate(
+            trained.prompt, max_new_tokens=trained.new_tokens
+        )
+        for drafter in ([], ["suffix", "recycling"])
+    )
+    assert plain.new_ids.tolist() == speculative.new_ids.tolist()
+    assert plain.accepted_per_step in (1.0, None)
 
 
 def test_metrics_collection(trained: Trained) -> None:

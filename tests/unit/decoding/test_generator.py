@@ -213,7 +213,7 @@ def test_logits_that_are_not_finite_are_refused(model: Transformer, prompts: tor
     [
         ({"cache": "int2"}, "unknown cache 'int2': choose one of dense"),
         ({"cache": ["int8", "int2"]}, "unknown cache 'int2': choose one of dense"),
-        ({"drafter": "suffix"}, "unknown drafter 'suffix': none is built yet"),
+        ({"drafter": "eagle"}, "unknown drafter 'eagle': choose of suffix"),
         ({"weights": "int2"}, "unknown weights 'int2': choose one of bf16, fp32, int8, int4"),
         (
             {"weights": "int4"},

@@ -30,6 +30,7 @@ YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 20.0,
 }
+YARN_WITH_THE_USUAL_RAMP = {key: value for key, value in YARN.items() if key != "beta_fast"}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -53,6 +54,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with linear rope": ("Llama", {"rope_parameters": LINEAR}),
     "llama with llama3 rope": ("Llama", {"rope_parameters": LLAMA3}),
     "llama with yarn rope": ("Llama", {"rope_parameters": YARN}),
+    "llama with yarn and the usual ramp": ("Llama", {"rope_parameters": YARN_WITH_THE_USUAL_RAMP}),
     "llama with yarn and its own amplitude": ("Llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral with a window": ("Mistral", {"sliding_window": 7}),

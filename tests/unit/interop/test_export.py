@@ -1,5 +1,6 @@
 """What is exported is what transformers computes with, and what comes back in."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def test_in_and_out_and_in_again_is_bit_exact_and_transformers_agrees(
     exported = export_pretrained(model, tokenizer, tmp_path / "out")
     again, same_tokenizer = load_pretrained(exported)
     assert same(model, again)
+    assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o644}
     assert same_tokenizer.to_json() == tokenizer.to_json()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     if model.config.sliding_window or reference.config.model_type != "mistral":
@@ -109,3 +111,61 @@ def test_a_combination_that_no_architecture_has_is_refused(directory: Path, tmp_
     with pytest.raises(InputError, match="no architecture of transformers has"):
         export_pretrained(model, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def compressed(directory: Path) -> tuple[Transformer, Any]:
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SHAPE, embedding="factorized", embedding_settings={"rank": 4}))
+    return model.eval(), load_pretrained(directory)[1]
+
+
+def test_a_compressed_embedding_is_exported_as_the_dense_one_that_it_stands_for(
+    compressed: tuple[Transformer, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = compressed
+    exported = export_pretrained(model, tokenizer, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    again, _ = load_pretrained(exported)
+    assert again.config.embedding == "dense"
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
+    compressed: tuple[Transformer, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = compressed
+    exported = export_pretrained(model, tokenizer, tmp_path / "out", densify=False, dtype="bf16")
+    again, same_tokenizer = load_pretrained(exported)
+    assert same_tokenizer.to_json() == tokenizer.to_json()
+    assert again.config == model.config
+    assert torch.equal(again.embedding.state_dict()["codes"], model.embedding.state_dict()["codes"])
+    assert torch.equal(again.norm.weight, model.norm.weight.to(torch.bfloat16).float())
+    with pytest.raises((ValueError, KeyError), match="ryzen_llm"):
+        transformers.AutoModelForCausalLM.from_pretrained(exported)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 10**6}, "1000000 layers, expected 1 to 1000"),
+        ({"num_layers": 2}, "not expected: blocks.2"),
+        ({"hidden_size": 64}, "of another shape"),
+        ({"hidden_size": 2**30, "head_dim": 8}, "of another shape|its sizes make no model"),
+        ({"embedding": "unknown"}, "model.embedding is 'unknown'"),
+        ({"rope_scaling": {"kind": []}}, "rope_scaling"),
+        ({"nonsense": 1}, "unknown model field 'nonsense'"),
+    ],
+)
+def test_a_compressed_directory_that_lies_is_refused(
+    change: dict[str, Any], message: str, compressed: tuple[Transformer, Any], tmp_path: Path
+) -> None:
+    exported = export_pretrained(*compressed, tmp_path / "out", densify=False)
+    values = json.loads((exported / "config.json").read_text())
+    values["model"] |= change
+    (exported / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        load_pretrained(exported)

@@ -51,6 +51,17 @@ def test_linear_rope_scaling_is_read(tmp_path: Path) -> None:
     check(path, write_gguf(path, "llama with linear rope", "llama", metadata=scaling))
 
 
+def test_yarn_rope_scaling_is_read(tmp_path: Path) -> None:
+    """With the ramp and the amplitude that llama.cpp and transformers take where a file is silent."""
+    path = tmp_path / "m.gguf"
+    check(path, write_gguf(path, "llama with yarn and the usual ramp", "llama", metadata=YARN))
+    ramp = {
+        "llama.rope.scaling.yarn_beta_fast": (20.0, FLOAT),
+        "llama.rope.scaling.yarn_beta_slow": (1.0, FLOAT),
+    }
+    check(path, write_gguf(path, "llama with yarn rope", "llama", metadata=YARN | ramp))
+
+
 def test_llama3_rope_scaling_is_recognised_by_its_divisors(tmp_path: Path) -> None:
     """The file holds no parameters of it, only the result."""
     from transformers import LlamaConfig

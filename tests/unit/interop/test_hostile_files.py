@@ -17,10 +17,12 @@ from gguf_files import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import save
+from safetensors.torch import save_file
 
 from ryzen_llm.data import SpecialTokens, Tokenizer
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
+from ryzen_llm.interop.native_directory import native_config, native_weights
 
 MUTATIONS = settings(
     max_examples=250,
@@ -127,6 +129,25 @@ def test_config_json_with_other_values(
     values = json.loads((sound / "hf" / "config.json").read_text())
     key = data.draw(st.sampled_from([*values, "rope_scaling", "layer_types", "eos_token_id", "new_option"]))
     values[key] = data.draw(JSON | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**30, 1e308, "a" * 10000]))
+    (directory / "config.json").write_text(json.dumps(values))
+    attempt(directory)
+
+
+@settings(MUTATIONS, max_examples=100)
+@given(data=st.data())
+def test_a_compressed_directory_with_other_values(
+    sound: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """The form of `export_pretrained(..., densify=False)`, with fields of our own in config.json."""
+    directory = tmp_path_factory.getbasetemp() / "compressed"
+    shutil.copytree(sound / "hf", directory, dirs_exist_ok=True)
+    model, _ = load_pretrained(sound / "hf")
+    save_file(dict(native_weights(model, torch.float32)), directory / "model.safetensors")
+    values = native_config(model.config)
+    (directory / "config.json").write_text(json.dumps(values))
+    assert attempt(directory) is None
+    key = data.draw(st.sampled_from([*values["model"], "new_option"]))
+    values["model"][key] = data.draw(JSON | st.sampled_from([0, -1, 1, 2**31, 2**63, 10**30, 1e308]))
     (directory / "config.json").write_text(json.dumps(values))
     attempt(directory)
 

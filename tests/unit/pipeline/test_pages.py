@@ -18,7 +18,7 @@ from ryzen_llm.selftest.report import TestResult
 HOSTILE = "<script>alert('x')</script><img src=//evil.example/a onerror=\"x\"> {{ 7 * 7 }} &amp; \"'>"
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "pre", "br", "b", "small"),
-    *("div", "span", "ul", "li", "dl", "dt", "dd"),
+    *("div", "span", "ul", "li", "dl", "dt", "dd", "table", "tr", "th", "td"),
     *("svg", "g", "polyline", "line", "rect", "circle", "text"),
 }
 

@@ -1,0 +1,131 @@
+"""How long a draft, and whose, gives the most tokens a second: decided at every step, from measurements."""
+
+from collections import defaultdict, deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from statistics import median
+
+from ryzen_llm.decoding.drafters import Draft
+
+MEMORY = 64
+"""How many of its latest tries a kind of guess is judged by, about."""
+PROBE_INTERVAL = 32
+"""A drafter that costs more than it seems to be worth is asked again after so many steps."""
+CHEAP = 0.01
+"""A drafter that takes less than this part of a step is asked at every step."""
+SMOOTHING = 0.1
+
+
+class AcceptanceRates:
+    """How often each kind of guess was right, given that all before it in its draft were."""
+
+    def __init__(self) -> None:
+        # Half a try each, right and wrong: what has not been tried is worth trying.
+        self._right: dict[Hashable, float] = defaultdict(lambda: 0.5)
+        self._tries: dict[Hashable, float] = defaultdict(lambda: 1.0)
+
+    def __getitem__(self, kind: Hashable) -> float:
+        """Between 0 and 1."""
+        return self._right[kind] / self._tries[kind]
+
+    def learn(self, kind: Hashable, right: bool) -> None:
+        """Take in one try."""
+        kept = min(1.0, MEMORY / self._tries[kind])
+        self._right[kind] = self._right[kind] * kept + right
+        self._tries[kind] = self._tries[kind] * kept + 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The width of the next pass and, for each text, the draft that fits it best and whose it is."""
+
+    width: int
+    drafts: Sequence[Draft]
+    names: Sequence[str | None]
+
+
+class DraftControl:
+    """Chooses drafts and width by expected tokens over measured seconds.
+
+    Args:
+        widths: The widths that there are passes for.
+        seconds: Of a pass of each width, measured; kept up to date by `passed`.
+    """
+
+    def __init__(self, widths: Sequence[int], seconds: Mapping[int, float]) -> None:
+        self.widths = sorted(widths)
+        self.seconds = dict(seconds)
+        self.rates = AcceptanceRates()
+        self.costs: dict[str, float] = {}
+        self._latest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
+        self._since_asked: dict[str, int] = defaultdict(int)
+
+    def passed(self, width: int, seconds: float) -> None:
+        """Take in how long a pass took; an interruption by something else counts as twice the usual."""
+        usual = self.seconds[width]
+        self.seconds[width] += SMOOTHING * (min(seconds, 2 * usual) - usual)
+
+    def proposed(self, name: str, seconds: float) -> None:
+        """Take in how long a drafter took for a token of every text."""
+        self._latest[name].append(seconds)
+        self.costs[name] = median(self._latest[name])  # the first call may have compiled something
+        self._since_asked[name] = 0
+
+    def learn(self, name: str, draft: Draft, truth: Sequence[int]) -> None:
+        """Take in what the text's next tokens were, as far as they tell; a draft need not have been used."""
+        for depth, (token, signal, true) in enumerate(zip(draft.tokens, draft.signals, truth, strict=False)):
+            self.rates.learn((name, signal), token == true)
+            self.rates.learn((name, "depth", depth), token == true)
+            if token != true:
+                break
+
+    def worth_asking(self, name: str, plan: Plan, expected: float) -> int:
+        """How many tokens to ask a drafter for: as many as might beat the plan and its `expected`, or 0."""
+        most = self.widths[-1] - 1
+        cost = self.costs.get(name)
+        if not most or cost is None or cost * most < CHEAP * self.seconds[self.widths[0]]:
+            return most
+        self._since_asked[name] += 1
+        rates = [self.rates[name, "depth", depth] for depth in range(most)]
+        gains = _tokens_expected(rates)
+        texts = len(plan.drafts)
+        rate, width = max(
+            (texts * gains[width - 1] / (self.seconds[width] + cost * (width - 1)), width)
+            for width in self.widths
+            if width > 1
+        )
+        due = self._since_asked[name] >= PROBE_INTERVAL
+        return width - 1 if due or rate > expected / self.seconds[plan.width] else 0
+
+    def plan(self, candidates: Sequence[Mapping[str, Draft]]) -> tuple[Plan, float]:
+        """The best plan for the drafts by name that there are for each text, and the tokens it expects."""
+        gains = [{name: self._gains(name, draft) for name, draft in drafts.items()} for drafts in candidates]
+        best: tuple[float, float, Plan] | None = None
+        for width in self.widths:
+            expected = 0.0
+            chosen: list[Draft] = []
+            names: list[str | None] = []
+            for drafts, by_name in zip(candidates, gains, strict=True):
+                worth, name = max(
+                    ((gain[min(width, len(gain)) - 1], name) for name, gain in by_name.items()),
+                    default=(1.0, None),
+                )
+                draft = drafts[name] if name is not None else Draft()
+                chosen.append(Draft(draft.tokens[: width - 1], draft.signals[: width - 1]))
+                names.append(name)
+                expected += worth
+            rate = expected / self.seconds[width]
+            if best is None or rate > best[0]:
+                best = rate, expected, Plan(width, chosen, names)
+        assert best is not None
+        return best[2], best[1]
+
+    def _gains(self, name: str, draft: Draft) -> list[float]:
+        return _tokens_expected([self.rates[name, signal] for signal in draft.signals])
+
+
+def _tokens_expected(rates: Sequence[float]) -> list[float]:
+    """Tokens that a pass is expected to give, for each number of drafted tokens from none on."""
+    return [1.0, *(1 + gain for gain in accumulate(accumulate(rates, mul)))]

@@ -1,0 +1,70 @@
+"""What a drafter is asked, what it answers, and what it learns of the outcome."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that may come next.
+
+    Attributes:
+        tokens: Their ids, in order.
+        signals: For each token, which of its drafter's kinds of guess it is (a length of match, a
+            confidence), so that each kind's running acceptance can be kept apart.
+    """
+
+    tokens: Sequence[int] = ()
+    signals: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass of the model over the last token and a draft showed.
+
+    Attributes:
+        inputs: Ids that the model read, `width` of them; beyond the draft they are filler.
+        predictions: The likeliest token after each of them, given all before it.
+        accepted: The text's new tokens.
+        hidden_states: What the output head saw at each input, (width, hidden_size).
+    """
+
+    inputs: Sequence[int]
+    predictions: Sequence[int]
+    accepted: Sequence[int]
+    hidden_states: Tensor
+
+
+class DraftSession(ABC):
+    """A drafter at work on one text."""
+
+    @abstractmethod
+    def propose(self, most: int) -> Draft:
+        """At most `most` tokens to follow the text so far."""
+
+    @abstractmethod
+    def update(self, step: Step) -> None:
+        """Take in what came of it, whoever's draft it was."""
+
+
+class Drafter(ABC):
+    """Guesses the next tokens. It cannot change the output, only how soon it is there: the model decides.
+
+    Attributes:
+        name: What it is called in reports.
+    """
+
+    name: str
+
+    def forget(self) -> None:  # noqa: B027
+        """Forget what earlier texts have taught, for measurements that repeat a text."""
+
+    @abstractmethod
+    def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
+        """A session for a text: the prompt and its first new token.
+
+        `hidden_state` (hidden_size,) is what the output head saw at the prompt's last token.
+        """

@@ -1,0 +1,148 @@
+"""All drafters at work on a batch of texts."""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+from torch import Tensor
+
+from ryzen_llm.decoding.adaptive import DraftControl, Plan
+from ryzen_llm.decoding.drafters import Draft, Drafter, DraftSession, Step
+
+T = TypeVar("T")
+
+
+@dataclass
+class SpeculationStatistics:
+    """What became of the drafts in one call of `generate`, all texts together.
+
+    Attributes:
+        passes: How many passes of the model had which width.
+        steps: Those passes, counted for each text that had not ended.
+        tokens: What these steps gave.
+        drafted: Tokens that were drafted and verified, by drafter.
+        accepted: Those of them that stood.
+        drafting_seconds: Time that drafters took.
+        failures: Why a drafter was dropped, by drafter.
+    """
+
+    passes: dict[int, int] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int = 0
+    drafted: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    drafting_seconds: float = 0.0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Drafting:
+    """Asks the drafters that may pay, and drops one that fails: that costs speed and nothing else.
+
+    Args:
+        drafters: Whom to ask.
+        control: What decides.
+        vocab_size: Ids beyond are garbage.
+        texts: The tokens of each text, its first new one included.
+        hidden_states: Of the model at the last token of each prompt, (batch, hidden_size).
+    """
+
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        control: DraftControl,
+        vocab_size: int,
+        texts: Sequence[Sequence[int]],
+        hidden_states: Tensor,
+    ) -> None:
+        self.control = control
+        self.vocab_size = vocab_size
+        self.statistics = SpeculationStatistics()
+        self._sessions: dict[str, list[DraftSession]] = {}
+        self._asked: list[dict[str, Draft]] = []
+        for drafter in drafters:
+            self._sessions[drafter.name] = []  # there to be dropped
+            begin = functools.partial(self._begin, drafter, texts, hidden_states)
+            self._guarded(drafter.name, begin)
+
+    def plan(self, rows: Sequence[int], room: Sequence[int]) -> Plan:
+        """Drafts for the texts of these `rows`, each of at most `room` tokens."""
+        started = time.perf_counter()
+        self._asked = [{} for _ in rows]
+        best, expected = self.control.plan(self._asked)
+        for name in sorted(self._sessions, key=lambda name: self.control.costs.get(name, 0.0)):
+            most = self.control.worth_asking(name, best, expected)
+            if not most:
+                continue
+            asked_at = time.perf_counter()
+            drafts = self._guarded(name, functools.partial(self._ask, name, rows, room, most))
+            if drafts is None:
+                continue
+            longest = max(len(draft.tokens) for draft in drafts)
+            self.control.proposed(name, (time.perf_counter() - asked_at) / max(longest, 1))
+            for asked, draft in zip(self._asked, drafts, strict=True):
+                asked[name] = draft
+            best, expected = self.control.plan(self._asked)
+        self.statistics.drafting_seconds += time.perf_counter() - started
+        return best
+
+    def learn(self, rows: Sequence[int], plan: Plan, steps: Sequence[Step]) -> None:
+        """Take in what a pass showed of each of `rows`."""
+        started = time.perf_counter()
+        statistics = self.statistics
+        statistics.passes[plan.width] = statistics.passes.get(plan.width, 0) + 1
+        for asked, draft, name, step in zip(self._asked, plan.drafts, plan.names, steps, strict=True):
+            statistics.steps += 1
+            statistics.tokens += len(step.accepted)
+            if name is not None:
+                stood = sum(a == b for a, b in zip(draft.tokens, step.accepted, strict=False))
+                statistics.drafted[name] = statistics.drafted.get(name, 0) + len(draft.tokens)
+                statistics.accepted[name] = statistics.accepted.get(name, 0) + stood
+            for each, drafted in asked.items():
+                self.control.learn(each, drafted, step.accepted)
+        for name in list(self._sessions):
+            self._guarded(name, functools.partial(self._update, name, rows, steps))
+        statistics.drafting_seconds += time.perf_counter() - started
+
+    def _begin(self, drafter: Drafter, texts: Sequence[Sequence[int]], hidden_states: Tensor) -> None:
+        self._sessions[drafter.name] = [
+            drafter.begin(list(tokens), hidden) for tokens, hidden in zip(texts, hidden_states, strict=True)
+        ]
+
+    def _update(self, name: str, rows: Sequence[int], steps: Sequence[Step]) -> None:
+        for row, step in zip(rows, steps, strict=True):
+            self._sessions[name][row].update(step)
+
+    def _ask(self, name: str, rows: Sequence[int], room: Sequence[int], most: int) -> list[Draft]:
+        sessions = self._sessions[name]
+        return [
+            self._checked(sessions[row].propose(min(most, fits)), min(most, fits)) if fits else Draft()
+            for row, fits in zip(rows, room, strict=True)
+        ]
+
+    def _checked(self, draft: Draft, most: int) -> Draft:
+        tokens, signals = (list(islice(part, most)) for part in (draft.tokens, draft.signals))
+        if len(tokens) != len(signals) or not all(type(part) is int for part in (*tokens, *signals)):
+            raise ValueError("tokens and signals are not as many, or not all int")
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise ValueError(f"a token is not from 0 to {self.vocab_size - 1}")
+        return Draft(tokens, signals)
+
+    def _guarded(self, name: str, work: Callable[[], T]) -> T | None:
+        """The result of a drafter's work; None, without that drafter from here on, if it fails."""
+        try:
+            return work()
+        except Exception as error:
+            del self._sessions[name]
+            self.statistics.failures[name] = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"drafter {name} is dropped from this text, which is not changed by it: "
+                f"{self.statistics.failures[name]}",
+                stacklevel=2,
+            )
+            return None

@@ -1,0 +1,87 @@
+"""The model over a fixed number of tokens of each text: one compiled graph for each such width."""
+
+import time
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.cache import KVCache, LayerCache
+from ryzen_llm.decoding.cuda_graph import GraphedStep
+from ryzen_llm.model import Transformer
+
+MOST_GRAPHS = 64
+
+
+class Outcome(NamedTuple):
+    """(batch, width, vocab_size) logits and (batch, width, hidden_size) hidden states."""
+
+    logits: Tensor
+    hidden_states: Tensor
+
+
+class FixedWidthPass:
+    """Reads `width` tokens of each text with a cache; plain decoding is that with a width of 1.
+
+    The whole pass is one graph: a graph a block would pay for Python and guards once a block. On CUDA it is
+    recorded and replayed, and the results are overwritten by the next call.
+    """
+
+    def __init__(self, model: Transformer, device: torch.device, compile: bool) -> None:
+        self.model = model
+        self.device = device
+        self.compile = compile
+        self._run = torch.compile(self._forward, fullgraph=True, dynamic=False) if compile else self._forward
+        self._graphs: dict[int, GraphedStep[Outcome]] = {}
+        self._cache: KVCache | None = None
+        self._compiled: set[torch.Size] = set()
+        self._marked: weakref.ref[Tensor] | None = None
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Outcome:
+        """What follows each of `tokens` (batch, width) int64, which are added to `cache`."""
+        width = tokens.shape[1]
+        if self.device.type == "cuda":
+            if cache is not self._cache:
+                self._cache, self._graphs = cache, {}
+                cache.reserve(cache.max_length)
+            if width not in self._graphs:
+                self._graphs[width] = GraphedStep(self._run, cache, tokens)
+            return self._graphs[width](tokens)
+        positions = cache.append(width)
+        if width > 1:  # texts of one length take the graph of texts of different lengths
+            positions = positions.view(-1, width).expand(tokens.shape)
+            for layer in cache.layers:
+                layer.positions = positions
+        if not self.compile:
+            return self._run(tokens, positions, cache.layers)
+        buffer = cache.layers[-1].keys.codes
+        if self._marked is None or self._marked() is not buffer:  # marks stay on the tensors until they grow
+            for layer in cache.layers:
+                layer.mark_dynamic()
+            self._marked = weakref.ref(buffer)
+        if tokens.shape in self._compiled:
+            return self._run(tokens, positions, cache.layers)
+        self._compiled.add(tokens.shape)
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            return self._run(tokens, positions, cache.layers)
+
+    def measure(self, widths: Sequence[int], cache: KVCache, rounds: int = 3) -> dict[int, float]:
+        """Seconds of a pass for each width, the least of `rounds` after two that compile; adds nothing."""
+        lengths = cache.lengths
+        seconds: dict[int, float] = {}
+        for width in widths:
+            tokens = torch.zeros(len(lengths), width, dtype=torch.int64, device=self.device)
+            for attempt in range(2 + rounds):
+                started = time.perf_counter()
+                self(tokens, cache).logits.amax(-1).tolist()  # which waits for the device
+                taken = time.perf_counter() - started
+                cache.truncate(lengths)
+                if attempt >= 2:
+                    seconds[width] = min(taken, seconds.get(width, taken))
+        return seconds
+
+    def _forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Outcome:
+        hidden_states = self.model.run_blocks(tokens, positions, layers)
+        return Outcome(self.model.logits(hidden_states), hidden_states)

@@ -1,0 +1,66 @@
+"""A directory that holds a model with its compressed embedding as it is.
+
+Only `load_pretrained` reads it: its `model_type` is none of transformers', which refuses it rather than
+load it wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.errors import InputError
+from ryzen_llm.interop.fields import Fields
+from ryzen_llm.interop.hf_config import checked_layers
+from ryzen_llm.interop.weights import TensorSource, compare_shapes
+from ryzen_llm.model import ModelConfig, Transformer
+
+MODEL_TYPE = "ryzen_llm"
+_SHAPE = "model"
+_EMBEDDING = "embedding."
+
+
+def native_config(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json."""
+    return {"model_type": MODEL_TYPE, _SHAPE: config.to_dict()}
+
+
+def native_weights(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weights by their own names, in `dtype` but for those of the embedding, which stay as they are."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.to("cpu", tensor.dtype if name.startswith(_EMBEDDING) else dtype).contiguous()
+
+
+def parse_native(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """The inverse of `native_config`. Raises InputError for anything else."""
+    shape = Fields(values, where).group(_SHAPE)
+    if shape is None:
+        raise InputError(f"{where}: {_SHAPE} is missing")
+    fields: dict[str, Any] = values[_SHAPE]
+    checked_layers(shape.whole("num_layers"), where)
+    try:
+        return ModelConfig.from_dict(fields)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def load_native(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> Transformer:
+    """The model (on the CPU, in eval mode) with the weights of `source`; the embedding's stay as they are.
+
+    Raises InputError that lists the tensors that are missing, not expected or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:  # TypeError: beyond 64 bits
+        raise InputError(f"{source.where}: its sizes make no model ({error})") from error
+    compare_shapes(expected, source)
+    model = Transformer(config)
+    for name, module in model.named_children():
+        if f"{name}." != _EMBEDDING:
+            module.to(dtype)
+    model.load_state_dict({name: source.read(name) for name in expected})
+    return model.eval()

@@ -1,0 +1,130 @@
+"""The LightningModule that trains draft heads for a model, which stays as it is."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from ryzen_llm.decoding import DraftHeads, HeadsConfig, output_rows
+from ryzen_llm.kernels import linear_cross_entropy
+from ryzen_llm.model import Transformer
+from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
+
+IGNORED = -100
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""As `TargetTextModule` gives them: ids and which of them the model chose, (batch, time), hidden states."""
+
+
+class DraftHeadsModule(pl.LightningModule):
+    """Trains `DraftHeads` to foretell what the model itself would write, at every depth of a draft.
+
+    The loss is the cross-entropy of the model's own tokens, the mean over depths. Logs ``val_loss``,
+    ``val_accuracy`` (of the first drafted token) and ``val_accepted``: how many tokens of a draft would have
+    stood, on average.
+
+    Args:
+        target: The model that is drafted for; not trained, not in the checkpoint.
+        heads: Shape of the heads.
+        vocabulary: Ids that can be drafted.
+        optimizer: AdamW's settings and the schedule.
+    """
+
+    index: Tensor
+    rows: Tensor
+
+    def __init__(
+        self,
+        target: Transformer,
+        heads: HeadsConfig,
+        vocabulary: Tensor,
+        optimizer: OptimizerConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads = DraftHeads(heads, vocabulary)
+        self._target = [target.eval()]  # in a list, it is none of this module's parts
+        index = torch.full((target.config.vocab_size,), IGNORED)
+        index[vocabulary] = torch.arange(len(vocabulary))
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("rows", output_rows(target, vocabulary).clone(), persistent=False)
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.mean_loss = MeanMetric()
+        self.accuracy = MeanMetric()
+        self.accepted = MeanMetric()
+
+    @property
+    def target(self) -> Transformer:
+        """The model that is drafted for."""
+        return self._target[0]
+
+    def setup(self, stage: str) -> None:
+        """Bring the target to where the heads are."""
+        self.target.to(self.device)
+
+    def tokens_in_batch(self, batch: Batch) -> int:
+        """Tokens that the target chose. `TrainingMetricsCollector` counts with it."""
+        return int(batch[1].sum())
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss, and for each position whether the first token, and how many in a row, were right."""
+        ids, own, hidden_states = batch
+        embedded = self.target.embedding.lookup(ids).detach()
+        states = hidden_states.to(embedded.dtype)
+        losses = []
+        right = []
+        time, depth = ids.shape[1], self.heads.config.depth
+        for d in range(depth):
+            # The state before token t + 1 meets tokens t + 1 to t + 1 + d, and foretells the one after them.
+            states = self.heads(states[:, : time - 2 - d], embedded[:, 1 + d : time - 1])
+            chosen = own[:, 2 + d :] & own[:, 1 : time - 1 - d]
+            truth = self.index[ids[:, 2 + d :]]
+            labels = truth[chosen]
+            loss, _ = linear_cross_entropy(
+                states[chosen], self.rows.to(states.dtype), labels, reduction="sum"
+            )
+            # Of none, where a batch holds no answer whose tokens can be drafted, the mean would be NaN.
+            losses.append(loss / (labels != IGNORED).sum().clamp(min=1))
+            if not self.training:
+                guess = torch.nn.functional.linear(states, self.rows.to(states.dtype)).argmax(-1)
+                right.append(((guess == truth) & chosen)[:, : time - 1 - depth])
+        if self.training:
+            return torch.stack(losses).mean(), ids.new_zeros(0), ids.new_zeros(0)
+        scored = (own[:, 1:-1] & own[:, 2:])[:, : time - 1 - depth]
+        runs = torch.stack(right).int().cumprod(0).sum(0)
+        return torch.stack(losses).mean(), right[0][scored].float(), runs[scored].float()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy over the depths, in nats per token."""
+        loss, _, _ = self._losses(batch)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accumulate loss, accuracy and accepted tokens."""
+        loss, right, runs = self._losses(batch)
+        self.mean_loss.update(loss, weight=len(right))
+        self.accuracy.update(right)
+        self.accepted.update(runs)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation figures."""
+        metrics = {"loss": self.mean_loss, "accuracy": self.accuracy, "accepted": self.accepted}
+        self.log_dict(
+            {f"val_{name}": metric.compute() for name, metric in metrics.items()},
+            prog_bar=True,
+            sync_dist=True,
+        )
+        for metric in metrics.values():
+            metric.reset()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the heads, with the schedule stepped every optimizer step."""
+        optimizer = build_adamw(self.heads, self.optimizer_config, fused=False)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.optimizer_config.factor(step, steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,219 @@
+"""Text that a model writes itself, to train a drafter for it on: nothing is more like what it will write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ryzen_llm.cache import build_cache
+from ryzen_llm.decoding import Sampling
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import Transformer
+
+WRITTEN_AT_ONCE = 48
+"""Texts decoded together."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a conversation is laid out in ids.
+
+    Attributes:
+        before_user: What comes before what a user says, at the very beginning.
+        before_answer: What comes between that and the model's answer, the token that ends a turn included.
+        between: What comes between an answer (its last token is the one that ends a turn) and the next user.
+        stops: Tokens that end a turn.
+    """
+
+    before_user: Sequence[int]
+    before_answer: Sequence[int]
+    between: Sequence[int]
+    stops: frozenset[int]
+
+
+@torch.inference_mode()
+def write_texts(
+    model: Transformer,
+    turns: Turns,
+    *,
+    texts: int,
+    length: int,
+    longest_question: int,
+    seed: int = 0,
+    on_token: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Conversations in which the model plays both parts, as in Magpie (Xu et al. 2024, arXiv:2406.08464).
+
+    What a user says is drawn at temperature 1, answers are greedy, and one turn follows the other until there
+    are `length` tokens. All texts are decoded together; `on_token` is called with how many tokens each has.
+
+    Returns `ids` (texts, length) int64, `own` of that shape, whether the model chose the token in an answer,
+    bool, and `hidden_states` (texts, length - 1, hidden_size), what its output head saw at all but the last.
+    Raises InputError for a length beyond the model's context.
+    """
+    config = model.config
+    if not len(turns.before_user) < length <= config.max_position_embeddings:
+        raise InputError(
+            f"length is {length}, expected more than {len(turns.before_user)} and at most "
+            f"max_position_embeddings = {config.max_position_embeddings}"
+        )
+    weight = next(model.parameters())
+    rng = torch.Generator(weight.device).manual_seed(seed)
+    cache = build_cache(
+        "dense", config, batch_size=texts, max_length=length, dtype=weight.dtype, device=weight.device
+    )
+    writers = [_Writer(turns, longest_question) for _ in range(texts)]
+    rows = [list(turns.before_user) for _ in range(texts)]
+    answered = [[False] * len(turns.before_user) for _ in range(texts)]
+    question, answer = Sampling(1.0), Sampling()
+    unread = torch.tensor(rows, device=weight.device)
+    seen: list[Tensor] = []
+    for time in range(len(turns.before_user), length):
+        seen.append(model.run_blocks(unread, cache.append(unread.shape[1]), cache.layers))
+        logits = model.logits(seen[-1][:, -1])
+        drawn, likeliest = question.sample(logits, rng).tolist(), answer.sample(logits).tolist()
+        for row, writer in enumerate(writers):
+            token, own = writer.next(drawn[row], likeliest[row])
+            rows[row].append(token)
+            answered[row].append(own)
+        unread = torch.tensor([row[-1:] for row in rows], device=weight.device)
+        if on_token is not None:
+            on_token(time + 1)
+    return {
+        "ids": torch.tensor(rows),
+        "own": torch.tensor(answered),
+        "hidden_states": torch.cat(seen, 1).cpu(),
+    }
+
+
+class _Writer:
+    """Whose turn it is in one text."""
+
+    def __init__(self, turns: Turns, longest_question: int) -> None:
+        self.turns = turns
+        self.longest_question = longest_question
+        self.forced: list[int] = []
+        self.answering = False
+        self.asked = 0
+
+    def next(self, drawn: int, likeliest: int) -> tuple[int, bool]:
+        """The next token, and whether it is of an answer."""
+        if self.forced:
+            return self.forced.pop(0), False
+        if self.answering:
+            if likeliest in self.turns.stops:
+                self.answering, self.asked = False, 0
+                self.forced = list(self.turns.between)
+            return likeliest, True
+        self.asked += 1
+        if drawn in self.turns.stops or self.asked > self.longest_question:
+            self.answering = True
+            self.forced = list(self.turns.before_answer)
+            return self.next(drawn, likeliest)
+        return drawn, False
+
+
+class TargetTextModule(pl.LightningDataModule):
+    """Texts of a model by itself in batches, (ids, own, hidden_states) as `write_texts` gives them.
+
+    They are written once, in `prepare_data`, to `path`, batch by batch, so that an interruption costs one.
+
+    Args:
+        model: Who writes, in the dtype to write in.
+        turns: How its conversations are laid out.
+        path: Folder for the texts.
+        texts: How many, at least; whole batches are written.
+        length: Tokens of each.
+        batch_size: Texts of a training batch.
+        val_fraction: Share of the texts held out, at least one.
+        seed: Of what is drawn, and of the order.
+
+    Raises InputError in `prepare_data` for a length that the model cannot have, and in `setup` for a damaged
+    file.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        turns: Turns,
+        path: Path,
+        *,
+        texts: int = 512,
+        length: int = 384,
+        batch_size: int = 8,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.turns = turns
+        self.path = path
+        self.parts = -(-texts // WRITTEN_AT_ONCE)
+        self.length = length
+        self.batch_size = batch_size
+        self.held_out = max(1, round(val_fraction * self.parts * WRITTEN_AT_ONCE))
+        self.seed = seed
+
+    def prepare_data(self) -> None:
+        """Write the texts that are missing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for part in range(self.parts):
+            if not self._file(part).is_file():
+                written = write_texts(
+                    self.model,
+                    self.turns,
+                    texts=WRITTEN_AT_ONCE,
+                    length=self.length,
+                    longest_question=min(64, self.length // 4),
+                    seed=self.seed + part,
+                )
+                temporary = self._file(part).with_suffix(".part")
+                temporary.write_bytes(save(written))
+                os.replace(temporary, self._file(part))
+
+    def setup(self, stage: str) -> None:
+        """Read the texts."""
+        parts = [self._read(part) for part in range(self.parts)]
+        texts = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        self.val = TensorDataset(*(tensor[: self.held_out] for tensor in texts))
+        self.train = TensorDataset(*(tensor[self.held_out :] for tensor in texts))
+
+    def vocabulary(self, size: int) -> Tensor:
+        """The ids that answers use most, `size` of them at most, ascending int64."""
+        ids, own, _ = self.train.tensors
+        counts = ids[own].bincount(minlength=self.model.config.vocab_size)
+        return counts.topk(min(size, len(counts))).indices.sort().values
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Of the tokens of answers, in nats: what a guess by frequency alone would lose at each."""
+        ids, own, _ = self.train.tensors
+        return float(torch.distributions.Categorical(probs=ids[own].bincount().float()).entropy())
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Shuffled batches."""
+        order = torch.Generator().manual_seed(self.seed)
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True, generator=order)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The texts held out."""
+        return DataLoader(self.val, self.batch_size)
+
+    def _file(self, part: int) -> Path:
+        return self.path / f"{self.length}-{self.seed + part}.safetensors"
+
+    def _read(self, part: int) -> tuple[Tensor, ...]:
+        try:
+            tensors = load_file(self._file(part))
+            return tensors["ids"], tensors["own"], tensors["hidden_states"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{self._file(part)}: damaged ({error}); delete it to write it anew") from error

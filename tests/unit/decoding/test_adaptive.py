@@ -1,0 +1,108 @@
+"""The plan is the one with the most expected tokens a second."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ryzen_llm.decoding import Draft
+from ryzen_llm.decoding.adaptive import PROBE_INTERVAL, DraftControl
+
+SECONDS = {1: 1.0, 4: 1.5, 8: 2.5}
+
+
+def taught(rate: float, name: str = "a", signal: int = 0, depth: int = 7) -> DraftControl:
+    """A control that has seen this rate often, at every depth."""
+    control = DraftControl(list(SECONDS), SECONDS)
+    for i in range(400):
+        right = int(i * rate) != int((i + 1) * rate)
+        control.rates.learn((name, signal), right)
+        for d in range(depth):
+            control.rates.learn((name, "depth", d), right)
+    return control
+
+
+def draft(length: int, signal: int = 0) -> Draft:
+    return Draft([5] * length, [signal] * length)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0.0, 1.0), st.integers(0, 9), st.tuples(*[st.floats(0.1, 9)] * 3))
+def test_the_plan_is_the_best_of_all(rate: float, length: int, times: tuple[float, ...]) -> None:
+    """Against trying every width with the formula written out."""
+    control = taught(rate)
+    control.seconds = dict(zip(SECONDS, times, strict=True))
+    learnt = control.rates["a", 0]
+    plan, expected = control.plan([{"a": draft(length)}])
+
+    def tokens(width: int) -> float:
+        return sum(learnt**n for n in range(min(width - 1, length) + 1))
+
+    best = max(tokens(width) / control.seconds[width] for width in SECONDS)
+    assert tokens(plan.width) / control.seconds[plan.width] == pytest.approx(best)
+    assert expected == pytest.approx(tokens(plan.width))
+    assert len(plan.drafts[0].tokens) == min(plan.width - 1, length)
+
+
+@pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.6, 4), (0.99, 8)])
+def test_drafts_are_longer_the_better_they_hold(rate: float, width: int) -> None:
+    assert taught(rate).plan([{"a": draft(7)}])[0].width == width
+
+
+def test_the_draft_that_promises_more_is_taken() -> None:
+    control = taught(0.9, "good")
+    for _ in range(100):
+        control.rates.learn(("bad", 0), False)
+    assert control.plan([{"bad": draft(7), "good": draft(3)}])[0].names == ["good"]
+    assert control.plan([{"bad": draft(7)}, {"good": draft(7)}])[0].names[1] == "good"
+
+
+def test_rates_follow_a_text_that_changes() -> None:
+    control = taught(0.95)
+    assert control.plan([{"a": draft(7)}])[0].width == 8
+    for _ in range(150):
+        control.learn("a", draft(7), [6])
+    assert control.plan([{"a": draft(7)}])[0].width == 1
+    for _ in range(150):
+        control.learn("a", draft(7), [5] * 7)
+    assert control.plan([{"a": draft(7)}])[0].width == 8
+
+
+def test_only_tokens_after_right_ones_are_learnt_from() -> None:
+    control = DraftControl(list(SECONDS), SECONDS)
+    before = control.rates["a", 3]
+    control.learn("a", Draft([1, 2, 3], [1, 2, 3]), [1, 9, 3])
+    assert control.rates["a", 1] > 0.5 > control.rates["a", 2]
+    assert control.rates["a", 3] == before
+
+
+def test_a_costly_drafter_is_asked_if_it_may_pay_and_now_and_then() -> None:
+    plan, expected = DraftControl(list(SECONDS), SECONDS).plan([{}])
+    good, bad = taught(0.9), taught(0.1)
+    for control in (good, bad):
+        control.proposed("a", 0.02)
+    assert good.worth_asking("a", plan, expected) in (3, 7)
+    asked = [bool(bad.worth_asking("a", plan, expected)) for _ in range(PROBE_INTERVAL)]
+    assert asked == [False] * (PROBE_INTERVAL - 1) + [True]
+    good.costs["a"] = 1.0
+    assert not good.worth_asking("a", plan, expected), "a token now costs as much as a step"
+    bad.costs["a"] = 1e-5
+    assert bad.worth_asking("a", plan, expected) == 7, "it costs next to nothing"
+
+
+def test_an_interruption_does_not_upset_the_times() -> None:
+    control = DraftControl(list(SECONDS), SECONDS)
+    control.passed(4, 100.0)
+    assert control.seconds[4] == pytest.approx(1.5 * 1.1)
+    for _ in range(100):
+        control.passed(4, 2.0)
+    assert control.seconds[4] == pytest.approx(2.0, rel=0.01)
+
+
+def test_drafting_never_costs_more_than_it_is_expected_to_give() -> None:
+    """At any rate, the plan's time a token is at most that of a pass without a draft."""
+    for rate, length in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8, 1.0), range(8)):
+        plan, expected = taught(rate).plan([{"a": draft(length)}])
+        assert SECONDS[plan.width] / expected <= SECONDS[1] * (1 + math.ulp(1.0))

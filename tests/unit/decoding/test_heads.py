@@ -1,0 +1,117 @@
+"""Draft heads compute what their formula says, and files of them are checked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ryzen_llm.decoding import DraftHeads, Generator, HeadsConfig, HeadsDrafter, SpeculativeDecoder
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import ModelConfig, Transformer
+
+
+def build(tied: bool = True) -> Transformer:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=101,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        tie_embeddings=tied,
+    )
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def heads() -> DraftHeads:
+    heads = DraftHeads(HeadsConfig(32, 48, 4), torch.arange(3, 99, 2))
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return heads.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
+    """In fp64, token by token, from the docstring."""
+    model = build(tied)
+    drafter = HeadsDrafter(heads, model)
+    matrix = (model.embedding.lookup(torch.arange(101)) if tied else model.head.weight).double()  # type: ignore[union-attr]
+    state, token, expected = torch.randn(32).double(), 7, []
+    for _ in range(4):
+        e = model.embedding.lookup(torch.tensor(token)).double()
+        normed = [
+            x / (x.square().mean() + 1e-5).sqrt() * w.double()
+            for x, w in ((state, heads.state_norm), (e, heads.token_norm))
+        ]
+        gate, up = (heads.w_in.weight.double() @ torch.cat(normed)).chunk(2)
+        if not expected:
+            first = state
+        state = state + heads.w_out.weight.double() @ (gate * gate.sigmoid() * up)
+        token = int(heads.vocabulary[(matrix[heads.vocabulary] @ state).argmax()])
+        expected.append(token)
+    with torch.inference_mode():
+        draft = drafter.draft(first.float(), 7)
+    assert draft.tokens == expected
+    assert len(set(draft.signals)) == 4, "each depth has its own"
+
+
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int4"])
+def test_untrained_heads_change_nothing(heads: DraftHeads, weights: str) -> None:
+    """With int4 the heads are quantised, too, and the model's own embedding is not."""
+    model = build()
+    prompt = torch.arange(10)[None]
+    if weights == "int4":  # whose sizes do not suit
+        model = Transformer(ModelConfig(**{**model.config.to_dict(), "vocab_size": 112})).eval()
+    generator = Generator(model, weights=weights)
+    plain = SpeculativeDecoder(generator, [], widths=(4,)).generate(prompt, max_new_tokens=40)
+    decoder = SpeculativeDecoder(generator, HeadsDrafter(heads, generator.model), widths=(4,))
+    assert torch.equal(decoder.generate(prompt, max_new_tokens=40).ids, plain.ids)
+    assert decoder.statistics.drafted["heads"] > 0
+    assert not decoder.statistics.failures
+
+
+def test_heads_are_saved_and_loaded(heads: DraftHeads, tmp_path: Path) -> None:
+    heads.save(tmp_path / "heads.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["heads.safetensors"]
+    loaded = DraftHeads.load(tmp_path / "heads.safetensors")
+    assert loaded.config == heads.config
+    for name, tensor in heads.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    path = f"heads:{tmp_path}/heads.safetensors"
+    out = Generator(build(), weights="fp32", drafter=["suffix", path]).generate(
+        torch.arange(9), max_new_tokens=9
+    )
+    assert out.accepted_per_step is not None
+
+
+def test_files_that_are_not_heads_are_refused(heads: DraftHeads, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.safetensors: no such file"):
+        DraftHeads.load(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(InputError, match="damaged"):
+        DraftHeads.load(tmp_path / "a.safetensors")
+    heads.vocabulary[0] = -1
+    heads.save(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"damaged \(the vocabulary is no list of ids"):
+        DraftHeads.load(tmp_path / "a.safetensors")
+    heads.vocabulary[0] = 3
+    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match="something else"):
+        DraftHeads.load(tmp_path / "b.safetensors")
+    config = ModelConfig.from_name("tiny", vocab_size=300, hidden_size=16, num_heads=2, num_kv_heads=1)
+    other = Transformer(config)
+    with pytest.raises(InputError, match="are for a hidden_size of 32 and ids up to 97, the model has 16"):
+        HeadsDrafter(heads, other)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "intermediate_size", "depth"])
+def test_a_shape_that_cannot_work_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is 0"):
+        HeadsConfig(**{"hidden_size": 8, name: 0})
