@@ -9,10 +9,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
+from ryzen_llm.training.sharded import shard
 
 CHECKPOINT_KEY = "ryzen_llm"
 """Where a checkpoint keeps what is needed to rebuild the model, as plain types."""
@@ -53,10 +55,12 @@ class LanguageModule(pl.LightningModule):
         self.accuracy = MeanMetric()
 
     def configure_model(self) -> None:
-        """Compile the blocks, once."""
+        """Compile the blocks, and shard them where the strategy is to; once."""
         if self.compile_blocks:
             self.model.compile_blocks()
             self.compile_blocks = False
+        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
+            shard(self.model, self.device_mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (batch, time, vocab) of token ids (batch, time)."""
