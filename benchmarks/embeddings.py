@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import time
@@ -109,7 +110,7 @@ def ours(compressor: EmbeddingCompressor, ratios: list[float]) -> dict[str, Call
         return compressor.compress(QuantizedEmbedding, bits=tiers)
 
     arms: dict[str, Callable[[], Embedding]] = {
-        f"quantized, tiers {ratio}x": lambda ratio=ratio: tiered(ratio) for ratio in ratios
+        f"quantized, tiers {ratio}x": functools.partial(tiered, ratio) for ratio in ratios
     }
     arms["quantized, 4 bits"] = lambda: compressor.compress(QuantizedEmbedding, bits=4)
     vocab_size, hidden_size = weight.shape
@@ -176,6 +177,11 @@ def quality(
     return [*rows, *({"name": name, "skipped": why} for name, why in skipped.items())]
 
 
+def _ten_times(function: Callable[[Tensor], Tensor], argument: Tensor) -> None:
+    for _ in range(10):
+        function(argument)
+
+
 @torch.inference_mode()
 def speed(
     compressor: EmbeddingCompressor, options: argparse.Namespace, console: Console
@@ -193,10 +199,10 @@ def speed(
         for _ in range(3):
             heads[name](hidden), lookups[name](ids)
     head_times = time_arms(
-        {n: lambda f=f: [f(hidden) for _ in range(10)] for n, f in heads.items()}, options.rounds
+        {n: functools.partial(_ten_times, f, hidden) for n, f in heads.items()}, options.rounds
     )
     look_times = time_arms(
-        {n: lambda f=f: [f(ids) for _ in range(10)] for n, f in lookups.items()}, options.rounds
+        {n: functools.partial(_ten_times, f, ids) for n, f in lookups.items()}, options.rounds
     )
     table = Table(title="batch 1, compiled")
     for heading in ("embedding", "head ms", "speed-up of the head", "lookup us"):

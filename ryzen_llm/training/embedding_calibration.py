@@ -55,14 +55,14 @@ def calibrate(model: Transformer, input_ids: Tensor, seed: int = 0) -> Calibrati
     head = torch.zeros(size, size, device=device)
     lookup = torch.zeros(size, size, device=device)
     predicted = torch.zeros(config.vocab_size, device=device)
-    for rows in input_ids.to(device).split(_ROWS):
+    for rows in torch.split(input_ids.to(device), _ROWS):
         embedded = embedding.lookup(rows).detach().requires_grad_()
         with torch.enable_grad():
             states = model.run_embedded(embedded, torch.arange(rows.shape[1], device=device))
         flat = states.detach().flatten(0, 1)
         gradient = torch.empty_like(flat)
         # Few rows of logits at a time, as the vocabulary is large.
-        for part in torch.arange(len(flat), device=device).split(256):
+        for part in torch.split(torch.arange(len(flat), device=device), 256):
             with torch.no_grad():
                 p = embedding.logits(flat[part]).float().softmax(-1)
                 drawn = torch.multinomial(p, 1, generator=draw)
@@ -111,7 +111,7 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
     for row in input_ids.to(model.norm.weight.device):
         reference = model.hidden_states(row[None])[0, :-1]
         targets = row[1:]
-        parts = torch.arange(len(targets), device=row.device).split(256)
+        parts = torch.split(torch.arange(len(targets), device=row.device), 256)
         for name, other in others.items():
             states = other.hidden_states(row[None])[0, :-1]
             for at in parts:

@@ -46,7 +46,10 @@ class Embedding(nn.Module, ABC):
 
         A kind that trains a matrix has `loss`, the form that the model uses, work on that instead.
         """
-        return chunked_cross_entropy(self.logits, hidden_states, targets, list(self.parameters()))
+        found: tuple[Tensor, Tensor] = chunked_cross_entropy(
+            self.logits, hidden_states, targets, list(self.parameters())
+        )
+        return found
 
     def compressed(self) -> Embedding:
         """The form to keep and to decode with: a smaller one where training needs more, else this one."""

@@ -41,6 +41,8 @@ class QuantizedEmbedding(CompressedEmbedding):
     """
 
     kind = "quantized"
+    signs: Tensor | None
+    position: Tensor | None
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class QuantizedEmbedding(CompressedEmbedding):
             weight, hessian = rotate(weight, signs), rotate(rotate(hessian, signs).T, signs).T
         if several:
             order = sensitivity(weight, calibration).argsort(descending=True)
+            assert made.position is not None
             made.position.copy_(order.argsort())
             weight = weight[order]
         scales = []
@@ -188,14 +191,15 @@ class QuantizedEmbedding(CompressedEmbedding):
         assert self.weight is not None
         assert self.log_scale is not None
         most = torch.cat([torch.full((n,), 2.0**bits - 1) for n, bits in self.tiers]).to(self.weight.device)
-        weight, scale = self.weight, self.log_scale.view(self.vocab_size, -1)
+        weight: Tensor = self.weight
+        scale = self.log_scale.view(self.vocab_size, -1)
         if rows is not None:
             weight, scale, most = F.embedding(rows, weight), F.embedding(rows, scale), most[rows]
         most = most[:, None, None]
         # Rounded as it will be stored; the gradient passes.
         scale = scale.exp()
         scale = (scale + (scale.bfloat16() - scale).detach())[..., None]
-        places = torch.clamp(weight.unflatten(-1, (-1, self.group)) / scale + most / 2, most * 0, most)
+        places = torch.clamp(torch.unflatten(weight, -1, (-1, self.group)) / scale + most / 2, most * 0, most)
         places = places + (places.round() - places).detach()
         return ((places - most / 2) * scale).flatten(-2)
 
@@ -204,7 +208,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         assert self.weight is not None
         assert self.log_scale is not None
         made = type(self)(self.vocab_size, self.hidden_size, **self.settings | {"packed": True})
-        if self.position is not None:
+        if self.position is not None and made.position is not None:
             made.position.copy_(self.position)
         scales = self.log_scale.exp().view(self.vocab_size, -1).bfloat16().float()
         for i, (start, stop, bits) in enumerate(self._spans):
