@@ -1,4 +1,4 @@
-"""Baselines and named peers for benchmarks/embeddings.py: each gives the matrix it stands for, and its bytes."""
+"""Baselines and named peers for benchmarks/embeddings.py: the matrix each stands for, and bytes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def torchao_int4(weight: Tensor) -> tuple[Tensor, int]:
     config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
     quantize_(module, config, lambda m, _: isinstance(m, nn.Embedding))
     quantised = module[0].weight
-    # torchao keeps an int4 code in a byte here; packed as its exporters do, it is half a byte.
-    size = weight.numel() // 2 + weight.numel() // 32 * 2
+    names, _ = quantised.__tensor_flatten__()  # as resident: each int4 code takes a byte here
+    size = sum(getattr(quantised, name).nbytes for name in names if getattr(quantised, name) is not None)
     return quantised.dequantize().float(), size
 
 

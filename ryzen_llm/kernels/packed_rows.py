@@ -5,8 +5,8 @@ A row of `size` columns is cut into groups, and
     value = (code - (2**bits - 1) / 2) * scale[row, group],
 
 a symmetric grid without zero. The bits of a code lie in planes of 8, 4, 2 or 1 bit (6 = 4 + 2, 3 = 2 + 1).
-In a plane of w bits, byte j of a group holds column j in its lowest bits, then column j + group * w / 8, and so
-on, so that unpacking needs shifts and masks only, and columns that are next to each other stay so.
+In a plane of w bits, byte j of a group holds column j in its lowest bits, then column j + group * w / 8, and
+so on, so that unpacking needs shifts and masks only, and columns that are next to each other stay so.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TILE_ROWS = 2048
 """Rows that are unpacked at once for a matrix product: in bf16 they stay in a CPU's L2 cache."""
 
 MOST_KERNEL_ROWS = 16
-"""With more x's than that, matrix products of unpacked tiles are faster than the Triton kernel's dot products."""
+"""With more x's than that, matrix products of unpacked tiles are less work than the kernel's dot products."""
 
 
 class PackedRows(NamedTuple):

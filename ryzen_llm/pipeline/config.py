@@ -62,6 +62,7 @@ class RunOptions:
         strict: Exit with status 3 if a verdict is FAIL.
         seed: Seed of the weights and of everything else that is drawn.
         compile: Compile the model's blocks with torch.compile.
+        checkpoint_activations: Compute activations again in backward: less memory, about a third more time.
         checkpoint_every_n_steps: Optimizer steps between checkpoints.
         sample_every_n_steps: Every n-th step is kept in training_metrics_report.json.
         validation_rounds: Paired rounds for each timed claim; 6 or more give an interval.
@@ -73,6 +74,7 @@ class RunOptions:
     strict: bool = False
     seed: int = 0
     compile: bool = True
+    checkpoint_activations: bool = False
     checkpoint_every_n_steps: int = 100
     sample_every_n_steps: int = 100
     validation_rounds: int = 12

@@ -161,6 +161,7 @@ class Orchestrator:
             initial or self.config.model_config(data.tokenizer.vocab_size),
             self.config.optimizer,
             compile=self.config.options.compile,
+            checkpoint_activations=self.config.options.checkpoint_activations,
         )
         model = self.module.model
         return model.flops_per_token(data.context), (

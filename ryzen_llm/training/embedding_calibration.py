@@ -25,8 +25,8 @@ def check_text(input_ids: Tensor, vocab_size: int, name: str) -> None:
     """Raise InputError unless these are enough token ids, (batch, time) int64."""
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[-1] < 2:
         raise InputError(
-            f"{name} is {tuple(input_ids.shape)} {input_ids.dtype}, expected token ids (batch, time) int64 of 2 "
-            "tokens or more a row"
+            f"{name} is {tuple(input_ids.shape)} {input_ids.dtype}, expected token ids (batch, time) int64, "
+            "2 or more a row"
         )
     if input_ids.numel() < FEWEST_TOKENS:
         raise InputError(f"{name} has {input_ids.numel()} tokens, expected {FEWEST_TOKENS} or more")
@@ -105,7 +105,7 @@ class Quality:
 
 @torch.no_grad()
 def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Tensor) -> dict[str, Quality]:
-    """Each of `others` beside the reference `model` on a text (batch, time) int64; the reference runs once."""
+    """Each of `others` beside the reference `model` on a text (batch, time) int64."""
     check_text(input_ids, model.config.vocab_size, "text")
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in others}
     for row in input_ids.to(model.norm.weight.device):
@@ -136,7 +136,7 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
 def with_embedding(model: Transformer, embedding: Embedding) -> Transformer:
     """A model of the same blocks (their memory is shared) and another embedding, in the blocks' dtype."""
     with torch.device("meta"):
-        other = Transformer(model.config)
+        other = Transformer(model.config, model.kernels)
     other.blocks, other.norm, other.head = model.blocks, model.norm, model.head
     other.replace_embedding(embedding.to(model.norm.weight.device, model.norm.weight.dtype))
     return other.train(model.training)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 GAUSSIAN_STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-"""The uniform grid's step, in standard deviations, with the least squared error on normally distributed numbers
+"""The uniform grid's step, in standard deviations, with the least squared error on normal numbers
 (Max 1960, "Quantizing for minimum distortion")."""
 _BLOCK = 64
 _SCALES = (0.85, 1.0, 1.15)

@@ -19,7 +19,7 @@ _ROWS = 4096
 
 
 class ProductEmbedding(CompressedEmbedding):
-    """A row is cut into vectors of `width` columns, each the sum of one entry from each of `stages` codebooks.
+    """A row is cut into vectors of `width` columns, each the sum of an entry from each of `stages` codebooks.
 
     Product quantisation (Jégou et al. 2011); with several stages, residual quantisation of each vector. To be
     trained it holds `weight`, and looks up the nearest entries with the gradient straight through and to the
@@ -115,7 +115,7 @@ class ProductEmbedding(CompressedEmbedding):
         return values.view(*input_ids.shape, self.hidden_size)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """See `Embedding.logits`. In the packed form each entry is multiplied once, and its products summed."""
+        """See `Embedding.logits`. Packed, each entry is multiplied once, and products are summed."""
         if self.weight is not None:
             return F.linear(hidden_states, self._assigned(self.weight).to(hidden_states.dtype))
         x = hidden_states.reshape(-1, self.vectors, self.codebooks.shape[-1])
@@ -150,7 +150,7 @@ class ProductEmbedding(CompressedEmbedding):
         return made.to(self.codebooks.device)
 
     def _codes(self, values: Tensor) -> Tensor:
-        """The nearest entries, stage after stage, of `values` (rows, hidden_size): (stages, rows, vectors)."""
+        """The nearest entries, stage by stage, of `values` (rows, hidden_size): (stages, rows, vectors)."""
         left = values.detach().float().unflatten(-1, (self.vectors, -1)).transpose(0, 1)
         codes = []
         for books in self.codebooks.detach().float():
