@@ -65,13 +65,13 @@ def cpu_caches() -> CpuCaches:
 
 
 def describe_device(device: torch.device) -> str:
-    """What matters for the speed of kernels, in a line: instruction sets and caches, or a GPU's properties."""
+    """What matters for the speed of kernels, in a line: instruction sets and caches, or a GPU's sizes."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return (
             f"{gpu.name}: compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} "
-            f"multiprocessors, {gpu.total_memory >> 20:,} MiB, L2 {gpu.L2_cache_size >> 20} MiB, shared memory "
-            f"{gpu.shared_memory_per_block_optin >> 10} KiB a block"
+            f"multiprocessors, {gpu.total_memory >> 20:,} MiB, L2 {gpu.L2_cache_size >> 20} MiB, "
+            f"shared memory {gpu.shared_memory_per_block_optin >> 10} KiB a block"  # type: ignore[attr-defined]
         )
     if device.type != "cpu":
         return device.type

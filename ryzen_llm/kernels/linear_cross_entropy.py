@@ -51,9 +51,8 @@ def linear_cross_entropy(
     arXiv:2204.02311). Targets equal to `ignore_index` count for nothing; the mean over none is NaN, as in
     PyTorch. Returns the loss, a scalar or with ``reduction="none"`` shaped like `targets`, and a scalar int64
     count. "none" makes the logits a second time in backward. On a CPU, `compiled` has Inductor make one loop
-    of the softmax, for which PyTorch's own ops read the logits seven times. `slab_scale` multiplies the memory
-    of a chunk's logits. Raises InputError for shapes or
-    settings that do not fit.
+    of the softmax, for which PyTorch's own ops read the logits seven times. `slab_scale` multiplies the
+    memory of a chunk's logits. Raises InputError for shapes or settings that do not fit.
     """
     if weight.dim() != 2 or hidden_states.shape[-1] != weight.shape[1]:
         raise InputError(

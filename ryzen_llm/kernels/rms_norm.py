@@ -50,8 +50,10 @@ def add_rms_norm_by_triton(
 
 
 @torch.library.custom_op("ryzen_llm::add_rms_norm", mutates_args=())
-def _add_rms_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum (empty without `added`), its norm, and 1 / rms of each row, (...,) in the dtype of the arithmetic."""
+def _add_rms_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum (empty without `added`), its norm, and 1 / rms of each row, (...,) in fp32."""
     from ryzen_llm.kernels.rms_norm_triton import forward  # Triton is there on Linux only
 
     return forward(x, added, weight, eps)

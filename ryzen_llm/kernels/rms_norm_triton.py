@@ -14,7 +14,6 @@ from ryzen_llm.kernels.rms_norm import LARGEST_TRITON_ROW
 from ryzen_llm.kernels.triton_launch import arithmetic, num_programs, rows_of
 
 
-
 @triton.jit
 def forward_kernel(
     x_ptr,
@@ -31,6 +30,7 @@ def forward_kernel(
     ARITHMETIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Sum and norm of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -66,13 +66,12 @@ def backward_kernel(
     ARITHMETIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """With n = x / rms and g = upstream * weight: dx = (g - n * mean(g n)) / rms, and dw sums upstream * n."""
+    """With n = x / rms and g = upstream * weight: dx = (g - n mean(g n)) / rms; dw sums upstream * n."""
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(ARITHMETIC)
     by_weight = tl.zeros((BLOCK,), ARITHMETIC)
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = row.to(tl.int64)
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         x = tl.load(total_ptr + row * total_stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
         up = tl.load(upstream_ptr + row * upstream_stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
         inverse_rms = tl.load(inverse_rms_ptr + row)

@@ -33,8 +33,8 @@ def rotary_qkv(
     """
     batch, time, width = projected.shape
     head_dim = width // (num_heads + 2 * num_kv_heads)
-    sizes = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-    q, k, v = (x.view(batch, time, -1, head_dim) for x in projected.split(sizes, dim=-1))
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    q, k, v = (x.view(batch, time, -1, head_dim) for x in torch.split(projected, sizes, dim=-1))
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     if query_scale != 1:
@@ -59,7 +59,9 @@ def rotary_qkv_by_triton(
 
     `cos` and `sin` get no gradient: they come from positions.
     """
-    return _rotary_qkv(projected, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, eps, query_scale)
+    sizes = (num_heads, num_kv_heads, eps, query_scale)
+    output: tuple[Tensor, Tensor, Tensor] = _rotary_qkv(projected, cos, sin, q_weight, k_weight, *sizes)
+    return output
 
 
 @torch.library.custom_op("ryzen_llm::rotary_qkv", mutates_args=())

@@ -38,6 +38,7 @@ def forward_kernel(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
+    """Each head in two halves, of which the columns make the pairs that turn."""
     row = tl.program_id(0).to(tl.int64)
     batch, t = row // time, row % time
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -143,17 +144,16 @@ def backward_kernel(
         # Partial sums of this program; the caller adds up those of all.
         partial = (row * tl.num_programs(1) + group) * 2 * half + tl.arange(0, HALF)
         within = tl.arange(0, HALF) < half
-        w_first = first * normed_first
-        w_second = second * normed_second
-        tl.store(by_q_weight_ptr + partial, tl.sum(tl.where(is_q, w_first, 0.0), 0), mask=within)
-        tl.store(by_q_weight_ptr + partial + half, tl.sum(tl.where(is_q, w_second, 0.0), 0), mask=within)
-        tl.store(by_k_weight_ptr + partial, tl.sum(tl.where(is_k, w_first, 0.0), 0), mask=within)
-        tl.store(by_k_weight_ptr + partial + half, tl.sum(tl.where(is_k, w_second, 0.0), 0), mask=within)
-        weight_first = tl.load(q_weight_ptr + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
-        weight_first += tl.load(k_weight_ptr + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
-        weight_second = tl.load(q_weight_ptr + half + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
-        weight_second += tl.load(k_weight_ptr + half + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
-        g_first, g_second = first * weight_first, second * weight_second
+        dw_first, dw_second = first * normed_first, second * normed_second
+        tl.store(by_q_weight_ptr + partial, tl.sum(tl.where(is_q, dw_first, 0.0), 0), mask=within)
+        tl.store(by_q_weight_ptr + partial + half, tl.sum(tl.where(is_q, dw_second, 0.0), 0), mask=within)
+        tl.store(by_k_weight_ptr + partial, tl.sum(tl.where(is_k, dw_first, 0.0), 0), mask=within)
+        tl.store(by_k_weight_ptr + partial + half, tl.sum(tl.where(is_k, dw_second, 0.0), 0), mask=within)
+        w_first = tl.load(q_weight_ptr + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
+        w_first += tl.load(k_weight_ptr + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
+        w_second = tl.load(q_weight_ptr + half + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
+        w_second += tl.load(k_weight_ptr + half + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
+        g_first, g_second = first * w_first, second * w_second
         mean = (tl.sum(g_first * normed_first, 1) + tl.sum(g_second * normed_second, 1)) / (2 * half)
         first = tl.where(is_v, first, (g_first - normed_first * mean[:, None]) * scale)
         second = tl.where(is_v, second, (g_second - normed_second * mean[:, None]) * scale)

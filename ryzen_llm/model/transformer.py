@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.errors import InputError
@@ -135,13 +136,16 @@ class Transformer(nn.Module):
     """Token ids in, next-token logits out.
 
     Weights start as in GPT-2: normal with deviation 0.02, the projections back into the residual stream
-    divided by sqrt(2 * num_layers), drawn from torch's global generator. `kernels` are the forms of the ops
+    divided by sqrt(2 * num_layers), drawn from torch's global generator. With `checkpoint_activations` set, a
+    training step keeps each block's input only and computes the rest again in backward (Chen et al. 2016,
+    arXiv:1604.06174): less memory for about a third more time. `kernels` are the forms of the ops
     that it computes with, by rules of thumb until `KernelOptimizer` has measured them.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelChoices | None = None) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.embedding = build_embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -233,7 +237,10 @@ class Transformer(nn.Module):
             hidden_states = hidden_states * scale
         for index, (block, window) in enumerate(zip(self.blocks, config.layer_windows, strict=True)):
             cos, sin = local_rope if window else rope
-            hidden_states = block(hidden_states, cos, sin, None if layers is None else layers[index])
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden_states = checkpoint(block, hidden_states, cos, sin, None, use_reentrant=False)
+            else:
+                hidden_states = block(hidden_states, cos, sin, None if layers is None else layers[index])
         normed: Tensor = self.norm(hidden_states)
         return normed
 
@@ -262,7 +269,8 @@ class Transformer(nn.Module):
     def replace_embedding(self, embedding: Embedding) -> None:
         """Use `embedding` from now on; `config` says so too, so that what is saved can be built again."""
         self.embedding = embedding
-        self.config = replace(self.config, embedding=embedding.kind, embedding_settings=embedding.settings)
+        settings = embedding.settings or None
+        self.config = replace(self.config, embedding=embedding.kind, embedding_settings=settings)
 
     def compile_blocks(self) -> None:
         """Compile in place, region by region: the blocks share one compilation, and names stay as they are.

@@ -47,7 +47,7 @@ def try_all(
     out.
     """
     trials, arms = [], {}
-    expected = _reference(op, work)
+    expected = reference(op, work)
     for name, candidate in CANDIDATES[op].items():
         trial = Trial(name=name, excluded=candidate.unsuited(work))
         if name == fatal:
@@ -57,11 +57,13 @@ def try_all(
             continue
         on_trial(name)
         try:
-            arm = _arm(op, work, candidate.function)
-            trial.relative_error = _largest_error(arm(), expected)
+            arm = make_arm(op, work, candidate.function)
+            trial.relative_error = largest_error(arm(), expected)
             limit = LARGEST_ERROR[work.dtype]
             if not trial.relative_error <= limit:  # also where it is NaN
-                trial.excluded = f"wrong: off by {trial.relative_error:.2g} of the reference, more than {limit:.2g}"
+                trial.excluded = (
+                    f"wrong: off by {trial.relative_error:.2g} of the reference, more than {limit:.2g}"
+                )
                 continue
             arms[name] = arm
         except Exception as error:
@@ -99,7 +101,8 @@ Arm = Callable[[], list[Tensor]]
 """Forward and backward: outputs, then gradients by the inputs."""
 
 
-def _arm(op: str, work: Workload, function: Callable[..., object]) -> Arm:
+def make_arm(op: str, work: Workload, function: Callable[..., object]) -> Arm:
+    """Forward and backward of `op` in the form `function`, among its neighbours as `work` runs them."""
     region = REGIONS[op]
     inputs = region.inputs(work, torch.Generator().manual_seed(0))
 
@@ -110,7 +113,7 @@ def _arm(op: str, work: Workload, function: Callable[..., object]) -> Arm:
     return _forward_and_backward(call, inputs, _autocast(work, not region.in_block))
 
 
-def _reference(op: str, work: Workload) -> list[Tensor]:
+def reference(op: str, work: Workload) -> list[Tensor]:
     """Outputs and gradients of the plainest form that suits, from the same numbers in fp32."""
     region = REGIONS[op]
     plainest = next(form.function for form in CANDIDATES[op].values() if not form.unsuited(work))
@@ -143,7 +146,8 @@ def _forward_and_backward(
     return run
 
 
-def _largest_error(results: list[Tensor], expected: list[Tensor]) -> float:
+def largest_error(results: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest |result - expected| / |expected| over pairs of tensors."""
     errors = []
     for result, exact in zip(results, expected, strict=True):
         difference = (result.detach().float() - exact.detach().float()).norm()

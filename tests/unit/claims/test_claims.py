@@ -45,6 +45,7 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "kernel_performance",
         "kernel_performance_vs_strong",
         "embedding_compression",
+        "embedding_compression_quality",
         "kv_cache",
         "kv_cache_quality",
         "speculative_decoding",
@@ -52,7 +53,6 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "end_to_end_vs_strong",
         "numerical_correctness",
     ]
-    assert "not built yet" in claims["embedding_compression"].not_measured_because
     assert "enable_speculative_decoding" in claims["speculative_decoding"].not_measured_because
     assert claims["kv_cache"].threshold == 0.25
     off = dataclasses.replace(context, enabled=Optimizations(enable_kernel_optimization=False))
@@ -79,6 +79,30 @@ def test_measuring_leaves_the_model_as_it_was(context: ClaimContext) -> None:
     for name, tensor in context.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert all(p.grad is None for p in context.model.parameters())
+
+
+def test_the_embedding_is_compressed_after_training_and_its_cost_is_measured(context: ClaimContext) -> None:
+    config = context.model.config
+    claims = [claim for claim in build_claims(context) if claim.name.startswith("embedding")]
+    size, quality = OptimizationValidator(claims).validate().results
+    assert size.baseline is not None
+    assert size.baseline.value == 2 * config.vocab_size * config.hidden_size
+    assert size.measured is not None
+    assert 3.5 <= size.measured < 5
+    assert size.status == "PASS"
+    assert quality.measured
+    assert abs(quality.measured) < 0.01
+    assert context.model.config.embedding == "dense", "the trained model is left as it is"
+
+
+def test_an_embedding_that_was_trained_compressed_is_measured_as_it_is(context: ClaimContext) -> None:
+    shape = context.model.config.to_dict() | {"embedding": "factorized", "embedding_settings": {"rank": 4}}
+    context = dataclasses.replace(context, model=Transformer(ModelConfig.from_dict(shape)))
+    claims = [claim for claim in build_claims(context) if claim.name.startswith("embedding")]
+    size, quality = OptimizationValidator(claims).validate().results
+    vocab_size, hidden_size = context.model.config.vocab_size, context.model.config.hidden_size
+    assert size.measured == pytest.approx(vocab_size * hidden_size / (4 * (vocab_size + hidden_size)))
+    assert quality.status == "NOT_MEASURED"
 
 
 @pytest.mark.parametrize("kind", ["int8", "k8v4"])
