@@ -1,8 +1,9 @@
-"""Baselines and named peers for benchmarks/embeddings.py: each gives the matrix it stands for, and its bytes."""
+"""Baselines and named peers for benchmarks/embeddings.py: the matrix each stands for, and bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> tuple[Tensor, int]:
     """Asymmetric rounding in groups, no calibration; codes of `bits`, fp16 scale and minimum a group."""
-    groups = weight.float().unflatten(-1, (-1, group))
+    groups = torch.unflatten(weight.float(), -1, (-1, group))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = ((high - low) / (2**bits - 1)).clamp(min=1e-8).half().float()
     low = low.half().float()
@@ -30,12 +31,15 @@ def torchao_int4(weight: Tensor) -> tuple[Tensor, int]:
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
-    module = nn.Sequential(nn.Embedding.from_pretrained(weight.clone()))
-    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    module = nn.Sequential(nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight.clone()))
+    config = IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=PerGroup(32),
+    )
     quantize_(module, config, lambda m, _: isinstance(m, nn.Embedding))
-    quantised = module[0].weight
-    # torchao keeps an int4 code in a byte here; packed as its exporters do, it is half a byte.
-    size = weight.numel() // 2 + weight.numel() // 32 * 2
+    quantised: Any = module[0].weight
+    names, _ = quantised.__tensor_flatten__()  # as resident: each int4 code takes a byte here
+    size = sum(getattr(quantised, name).nbytes for name in names if getattr(quantised, name) is not None)
     return quantised.dequantize().float(), size
 
 

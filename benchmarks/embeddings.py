@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import time
@@ -36,10 +37,12 @@ PARTS = ("quality", "speed", "heal")
 
 
 def main(arguments: list[str]) -> None:
-    """Measure the parts asked for; print tables, write JSON and a plot. Parts not asked for keep their figures."""
+    """Measure the parts asked for; print tables, write JSON and a plot; other parts keep their figures."""
     parser = argparse.ArgumentParser(prog="benchmark.py embeddings", description=__doc__)
     parser.add_argument("--model", required=True, help="what load_pretrained takes, e.g. a GGUF file")
-    parser.add_argument("--text", type=Path, required=True, help="scored text; its first half is calibrated on")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="its second half is scored, the first calibrated on"
+    )
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="more text to calibrate on")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.45, 3.6, 4.5, 6.1])
@@ -48,6 +51,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--heal-ratio", type=float, default=6.1)
     parser.add_argument("--heal-steps", type=int, default=150)
+    parser.add_argument("--heal-learning-rate", type=float, default=5e-4)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--shipped-bytes", type=int, help="of the embedding tensor in the file as shipped")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embeddings.json"))
@@ -65,7 +69,7 @@ def main(arguments: list[str]) -> None:
     calibration = [ids[:half]]
     for path in options.also:
         calibration.append(torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"))))
-    rows = torch.cat([t[: min(len(t), options.calibration_tokens) // 512 * 512].view(-1, 512) for t in calibration])
+    rows = torch.cat([in_rows(text[: options.calibration_tokens]) for text in calibration])
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     found |= {"benchmark": "embeddings", "model": Path(options.model).name}
@@ -78,13 +82,23 @@ def main(arguments: list[str]) -> None:
     if "speed" in options.parts:
         found["speed"] = speed(compressor, options, console)
     if "heal" in options.parts:
-        found["healed"] = healed(compressor, torch.cat([t[: len(t) // 512 * 512].view(-1, 512) for t in calibration]),
-                                 scored, options, console)
+        found["healed"] = healed(
+            compressor,
+            torch.cat([in_rows(text) for text in calibration]),
+            scored,
+            options,
+            console,
+        )
     found["settings"] = {key: str(value) for key, value in vars(options).items()}
     found["environment"] = describe_environment()
     write_json(options.out, found)
     console.print(f"written: {options.out}")
     plot(found, options.out.with_suffix(".png"), console)
+
+
+def in_rows(ids: Tensor) -> Tensor:
+    """Token ids in rows of 512, the rest left out."""
+    return ids[: len(ids) // 512 * 512].view(-1, 512)
 
 
 def ours(compressor: EmbeddingCompressor, ratios: list[float]) -> dict[str, Callable[[], Embedding]]:
@@ -96,7 +110,7 @@ def ours(compressor: EmbeddingCompressor, ratios: list[float]) -> dict[str, Call
         return compressor.compress(QuantizedEmbedding, bits=tiers)
 
     arms: dict[str, Callable[[], Embedding]] = {
-        f"quantized, tiers {ratio}x": lambda ratio=ratio: tiered(ratio) for ratio in ratios
+        f"quantized, tiers {ratio}x": functools.partial(tiered, ratio) for ratio in ratios
     }
     arms["quantized, 4 bits"] = lambda: compressor.compress(QuantizedEmbedding, bits=4)
     vocab_size, hidden_size = weight.shape
@@ -118,7 +132,9 @@ def quality(
         models[name] = compressor.apply(embedding)
         ratio = 2 * weight.numel() / size
         shipped = options.shipped_bytes / size if options.shipped_bytes else None
-        rows.append({"name": name, "bytes": size, "ratio": ratio, "ratio_to_shipped": shipped, "made_in_s": seconds})
+        rows.append(
+            {"name": name, "bytes": size, "ratio": ratio, "ratio_to_shipped": shipped, "made_in_s": seconds}
+        )
 
     def add_dense(name: str, matrix: Tensor, size: int) -> None:
         embedding = DenseEmbedding(*weight.shape)
@@ -148,14 +164,28 @@ def quality(
     for row in rows:
         q = qualities[row["name"]]
         row |= asdict(q)
-        table.add_row(row["name"], f"{row['ratio']:.2f}x", f"{row['bytes'] / 2**20:.1f}", f"{q.perplexity:.3f}",
-                      f"{q.perplexity_increase:+.2%}", f"{q.kl:.4f}", f"{q.top1_agreement:.1%}")
+        table.add_row(
+            row["name"],
+            f"{row['ratio']:.2f}x",
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{q.perplexity:.3f}",
+            f"{q.perplexity_increase:+.2%}",
+            f"{q.kl:.4f}",
+            f"{q.top1_agreement:.1%}",
+        )
     console.print(table)
     return [*rows, *({"name": name, "skipped": why} for name, why in skipped.items())]
 
 
+def _ten_times(function: Callable[[Tensor], Tensor], argument: Tensor) -> None:
+    for _ in range(10):
+        function(argument)
+
+
 @torch.inference_mode()
-def speed(compressor: EmbeddingCompressor, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+def speed(
+    compressor: EmbeddingCompressor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
     """Milliseconds of the head at batch 1 and of looking up 1 token, compiled, all arms in every round."""
     embeddings: dict[str, Embedding] = {"dense bf16": compressor.model.embedding}
     embeddings |= {name: make() for name, make in ours(compressor, options.ratios).items()}
@@ -168,22 +198,32 @@ def speed(compressor: EmbeddingCompressor, options: argparse.Namespace, console:
         torch._dynamo.reset()
         for _ in range(3):
             heads[name](hidden), lookups[name](ids)
-    head_times = time_arms({n: lambda f=f: [f(hidden) for _ in range(10)] for n, f in heads.items()}, options.rounds)
-    look_times = time_arms({n: lambda f=f: [f(ids) for _ in range(10)] for n, f in lookups.items()}, options.rounds)
+    head_times = time_arms(
+        {n: functools.partial(_ten_times, f, hidden) for n, f in heads.items()}, options.rounds
+    )
+    look_times = time_arms(
+        {n: functools.partial(_ten_times, f, ids) for n, f in lookups.items()}, options.rounds
+    )
     table = Table(title="batch 1, compiled")
     for heading in ("embedding", "head ms", "speed-up of the head", "lookup us"):
         table.add_column(heading, justify="right")
     for name in embeddings:
         head, look = (sorted(t[name])[len(t[name]) // 2] / 10 for t in (head_times, look_times))
         faster = speedup(head_times, "dense bf16", name)
-        rows.append({"name": name, "head_ms": head * 1e3, "lookup_us": look * 1e6, "head_speedup": asdict(faster)})
+        rows.append(
+            {"name": name, "head_ms": head * 1e3, "lookup_us": look * 1e6, "head_speedup": asdict(faster)}
+        )
         table.add_row(name, f"{head * 1e3:.2f}", str(faster), f"{look * 1e6:.0f}")
     console.print(table)
     return rows
 
 
 def healed(
-    compressor: EmbeddingCompressor, text: Tensor, scored: Tensor, options: argparse.Namespace, console: Console
+    compressor: EmbeddingCompressor,
+    text: Tensor,
+    scored: Tensor,
+    options: argparse.Namespace,
+    console: Console,
 ) -> dict[str, Any]:
     """One arm healed on the calibration text: time and quality before and after."""
     tiers = allocate_bits(
@@ -192,13 +232,24 @@ def healed(
     trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=tiers)
     before = compressor.apply(trainable.compressed())
     started = time.perf_counter()
-    after = heal(compressor.model.float(), trainable, text, steps=options.heal_steps, precision="bf16-mixed")
+    after = heal(
+        compressor.model.float(),
+        trainable,
+        text,
+        steps=options.heal_steps,
+        learning_rate=options.heal_learning_rate,
+        precision="bf16-mixed",
+    )
     seconds = time.perf_counter() - started
     compressor.model.bfloat16()
     qualities = measure(compressor.model, {"before": before, "after": after.bfloat16()}, scored)
     size = after.embedding.bytes_resident
-    result = {"ratio": 2 * compressor.weight.numel() / size, "bytes": size, "steps": options.heal_steps,
-              "seconds": seconds} | {name: asdict(q) for name, q in qualities.items()}
+    result = {
+        "ratio": 2 * compressor.weight.numel() / size,
+        "bytes": size,
+        "steps": options.heal_steps,
+        "seconds": seconds,
+    } | {name: asdict(q) for name, q in qualities.items()}
     console.print(result)
     return result
 
@@ -220,15 +271,26 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
         tiers = "tiers" in row["name"]
         change = max(100 * row["perplexity_increase"], 0.01)
         axes.plot(row["ratio"], change, "o" if tiers else "x", color="tab:blue" if tiers else "tab:gray")
-        axes.annotate(row["name"], (row["ratio"], change), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axes.annotate(
+            row["name"], (row["ratio"], change), fontsize=7, xytext=(4, 4), textcoords="offset points"
+        )
     if "healed" in found:
         change = max(100 * found["healed"]["after"]["perplexity_increase"], 0.01)
         axes.plot(found["healed"]["ratio"], change, "*", color="tab:green", markersize=12)
-        axes.annotate("healed", (found["healed"]["ratio"], change), fontsize=7, xytext=(4, 4),
-                      textcoords="offset points")
+        axes.annotate(
+            "healed",
+            (found["healed"]["ratio"], change),
+            fontsize=7,
+            xytext=(4, 4),
+            textcoords="offset points",
+        )
     axes.axhline(1, color="tab:red", linewidth=0.5)
-    axes.set(yscale="log", xlabel="dense bf16 bytes over resident bytes", ylabel="increase of perplexity, %",
-             title=f"{found['model']}: embedding size against quality")
+    axes.set(
+        yscale="log",
+        xlabel="dense bf16 bytes over resident bytes",
+        ylabel="increase of perplexity, %",
+        title=f"{found['model']}: embedding size against quality",
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     console.print(f"written: {path}")

@@ -42,13 +42,9 @@ def main(arguments: list[str]) -> None:
         console.print(f"{name} is not installed: left out")
 
     with tempfile.TemporaryDirectory() as folder:
-        forms = {
-            "directory (fp32 safetensors)": str(
-                export_pretrained(*load_pretrained(options.model), f"{folder}/hf")
-            )
-        }
+        forms = {"safetensors, fp32": str(export_pretrained(*load_pretrained(options.model), f"{folder}/hf"))}
         if options.model.endswith(".gguf"):
-            forms[f"GGUF ({Path(options.model).name})"] = str(Path(options.model).absolute())
+            forms["GGUF"] = str(Path(options.model).absolute())
         arms = [(form, dtype, loader) for form in forms for dtype in options.dtypes for loader in loaders]
         runs: dict[str, list[dict[str, Any]]] = {json.dumps(arm): [] for arm in arms}
         for key in track(
@@ -116,8 +112,8 @@ def _row(arm: list[str], found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]], rounds: int) -> Table:
     table = Table(title=f"medians of {rounds} loads", box=box.SIMPLE)
-    for heading in ("from", "dtype", "loader", "load s", "to first logits s", "peak MB", "times its size"):
-        table.add_column(heading, justify="left" if heading in ("from", "loader") else "right")
+    for heading in ("from", "dtype", "loader", "load s", "first logits s", "peak MB", "times size"):
+        table.add_column(heading, justify="left" if heading in ("from", "loader") else "right", no_wrap=True)
     for row in rows:
         peak, ratio = row["first_logits_peak_bytes"], row["peak_times_size"]
         table.add_row(

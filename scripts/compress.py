@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> int:
     """Exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(prog="compress.py", description=__doc__)
     parser.add_argument("--model", required=True, help="what load_pretrained takes")
-    parser.add_argument("--out", required=True, type=Path, help="directory to write; it must not be there yet")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="directory to write; it must not be there yet"
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--ratio", type=float, help="dense bf16 bytes over compressed bytes")
     budget.add_argument("--perplexity-increase", type=float, help="relative, at most; 0.01 is 1%%")
@@ -56,7 +58,8 @@ def _compress(options: argparse.Namespace) -> None:
     rows = torch.tensor(ids[: len(ids) // options.context * options.context]).view(-1, options.context)
     if not rows.numel():
         raise InputError(f"--text {options.text}: has {len(ids)} tokens, expected {options.context} or more")
-    compressor = EmbeddingCompressor(model, rows[: max(options.tokens // options.context, 2)])
+    calibrated = max(options.tokens // options.context, 2)
+    compressor = EmbeddingCompressor(model, rows[:calibrated])
     choice = compressor.choose(ratio=options.ratio, perplexity_increase=options.perplexity_increase)
     compressed, report = compressor.apply(choice.embedding), choice.report()
     if options.heal_steps:
@@ -65,11 +68,12 @@ def _compress(options: argparse.Namespace) -> None:
         compressed = heal(
             model,
             trainable,
-            rows,
+            torch.cat((compressor.text, rows[calibrated:])),  # not on what it is measured on
             steps=options.heal_steps,
             callbacks=[TrainingMetricsCollector(healing / HEALING_REPORT), AnomalyDetector()],
         )
         report["healed"] = {"quality": asdict(compressor.quality(compressed))}
+    compressed.embedding.to(torch.bfloat16)
     written = export_pretrained(compressed, tokenizer, options.out, densify=False, dtype="bf16")
     write_json(written / REPORT, report)
     quality = report.get("healed", report["chosen"])["quality"]

@@ -218,8 +218,10 @@ _MAXIMA = ("step_time_s", "data_wait_s", "memory_bytes")
 
 
 def _seconds(start: _Moment, end: _Moment) -> float:
-    if isinstance(start, float) or isinstance(end, float):
-        return float(end) - float(start)
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event)  # one device, one kind of clock
+    assert isinstance(end, torch.cuda.Event)
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
 

@@ -63,6 +63,8 @@ class Optimizations:
         enable_embedding_compression: Use and measure the compressed embedding.
         enable_kv_cache_optimization: Use and measure the compressed key-value cache.
         enable_speculative_decoding: Use and measure speculative decoding.
+        embedding_ratio: What a dense embedding is compressed to after training, to measure that: bytes in
+            bf16 over compressed bytes.
         kv_cache: Kind of compressed cache that is used and measured: int8, k8v4, int4, int4-sinks or fp8.
         drafters: Drafters that are used and measured: suffix, recycling, heads:PATH; the best at each step.
     """
@@ -71,11 +73,14 @@ class Optimizations:
     enable_embedding_compression: bool = True
     enable_kv_cache_optimization: bool = True
     enable_speculative_decoding: bool = True
+    embedding_ratio: float = 3.5
     kv_cache: str = "int8"
     drafters: tuple[str, ...] = ("suffix", "recycling")
 
     def __post_init__(self) -> None:
         check_names([self.kv_cache])
+        if not 1 < self.embedding_ratio < math.inf:
+            raise InputError(f"embedding_ratio is {self.embedding_ratio}, expected more than 1")
         if self.enable_speculative_decoding and not self.drafters:
             raise InputError("drafters is empty, expected one or more, or enable_speculative_decoding: false")
         check_drafters(self.drafters)

@@ -65,8 +65,9 @@ def _claim(
         baseline_name=baseline_name,
         optimized_name=f"this run's recipe: {context.recipe}, fused AdamW, dense cache",
         description=(
-            f"{STEPS} optimizer steps on batches of {batch.shape[0]} x {batch.shape[1] - 1} tokens, then "
-            f"{new_tokens} tokens generated greedily from a prompt of {prompt}; generation uses the weights "
+            f"train on {STEPS * batch.shape[0] * (batch.shape[1] - 1):,} tokens ({STEPS} optimizer steps of "
+            f"{batch.shape[0]} x {batch.shape[1] - 1}), then generate {new_tokens} tokens greedily from a "
+            f"prompt of {prompt}, timed as one in both arms; generation uses the weights "
             "of before these steps, which does not affect its time; compilation is not timed"
         ),
     )

@@ -12,7 +12,7 @@ from ryzen_llm.kernels.linear_cross_entropy import slab_rows
 Head = Callable[[Tensor], Tensor]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def chunked_cross_entropy(
     head: Head, hidden_states: Tensor, targets: Tensor, parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def chunked_cross_entropy(
     trained = [p for p in parameters if p.requires_grad]
     gradients = torch.is_grad_enabled() and (x.requires_grad or bool(trained))
     if gradients:
-        loss, correct = _Chunked.apply(head, flat, x, *trained)
+        loss, correct = _Chunked.apply(head, flat, x, *trained)  # type: ignore[no-untyped-call]
     else:
         loss, correct, _, _ = _in_chunks(head, flat, x, [], False)
     return loss, correct

@@ -21,12 +21,14 @@ def geglu(gate_up: Tensor) -> Tensor:
 
 def swiglu_by_triton(gate_up: Tensor) -> Tensor:
     """`swiglu` in one kernel, and in one backward."""
-    return _gated(gate_up, False)
+    output: Tensor = _gated(gate_up, False)
+    return output
 
 
 def geglu_by_triton(gate_up: Tensor) -> Tensor:
     """`geglu` in one kernel, and in one backward."""
-    return _gated(gate_up, True)
+    output: Tensor = _gated(gate_up, True)
+    return output
 
 
 @torch.library.custom_op("ryzen_llm::gated", mutates_args=())

@@ -71,7 +71,7 @@ def describe_device(device: torch.device) -> str:
         return (
             f"{gpu.name}: compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} "
             f"multiprocessors, {gpu.total_memory >> 20:,} MiB, L2 {gpu.L2_cache_size >> 20} MiB, "
-            f"shared memory {gpu.shared_memory_per_block_optin >> 10} KiB a block"
+            f"shared memory {gpu.shared_memory_per_block_optin >> 10} KiB a block"  # type: ignore[attr-defined]
         )
     if device.type != "cpu":
         return device.type

@@ -5,8 +5,8 @@ A row of `size` columns is cut into groups, and
     value = (code - (2**bits - 1) / 2) * scale[row, group],
 
 a symmetric grid without zero. The bits of a code lie in planes of 8, 4, 2 or 1 bit (6 = 4 + 2, 3 = 2 + 1).
-In a plane of w bits, byte j of a group holds column j in its lowest bits, then column j + group * w / 8, and so
-on, so that unpacking needs shifts and masks only, and columns that are next to each other stay so.
+In a plane of w bits, byte j of a group holds column j in its lowest bits, then column j + group * w / 8, and
+so on, so that unpacking needs shifts and masks only, and columns that are next to each other stay so.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ TILE_ROWS = 2048
 """Rows that are unpacked at once for a matrix product: in bf16 they stay in a CPU's L2 cache."""
 
 MOST_KERNEL_ROWS = 16
-"""With more x's than that, matrix products of unpacked tiles are faster than the Triton kernel's dot products."""
+"""With more x's than that, matrix products of unpacked tiles are less work than the kernel's dot products."""
 
 
 class PackedRows(NamedTuple):
@@ -68,7 +68,8 @@ def unpack(rows: PackedRows) -> Tensor:
     values = torch.zeros((), dtype=rows.scale.dtype, device=rows.codes.device)
     for (_, shift), parts in zip(planes_of(rows.bits), _parts(rows.codes, rows.bits), strict=True):
         values = values + torch.cat(parts, -1).to(rows.scale.dtype) * 2**shift
-    return ((values - (2**rows.bits - 1) / 2) * rows.scale[..., None]).flatten(1)
+    centred: Tensor = values - (2**rows.bits - 1) / 2
+    return (centred * rows.scale[..., None]).flatten(1)
 
 
 def packed_lookup(indices: Tensor, rows: PackedRows) -> Tensor:
@@ -86,7 +87,8 @@ def packed_linear(x: Tensor, rows: PackedRows) -> Tensor:
     unpacks in registers.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return torch.as_tensor(_PackedLinear.apply(x, *rows))
+        product: Tensor = _PackedLinear.apply(x, *rows)  # type: ignore[no-untyped-call]
+        return product
     return _multiply(x, rows)
 
 
@@ -115,10 +117,11 @@ def _dot(x: Tensor, rows: PackedRows) -> Tensor:
     length = x.shape[-1] * planes[-1][0] // 8
     terms = torch.zeros((), device=x.device)
     for (_, shift), parts in zip(planes, _parts(rows.codes, rows.bits), strict=True):
-        stretches = [stretch for part in parts for stretch in part.split(length, -1)]
-        for stretch, values in zip(stretches, x.split(length, -1), strict=True):
+        stretches = [stretch for part in parts for stretch in torch.split(part, length, -1)]
+        for stretch, values in zip(stretches, torch.split(x, length, -1), strict=True):
             terms = terms + stretch.float() * (values * 2**shift)
-    return ((terms.sum(-1) - x.sum(-1) * ((2**rows.bits - 1) / 2)) * rows.scale).sum(-1)
+    dots: Tensor = (terms.sum(-1) - x.sum(-1) * ((2**rows.bits - 1) / 2)) * rows.scale
+    return dots.sum(-1)
 
 
 def _tiles(rows: PackedRows) -> Iterator[tuple[int, Tensor]]:
@@ -137,7 +140,8 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = upstream
-        rows = PackedRows(*ctx.saved_tensors, ctx.bits)
+        codes, scale = ctx.saved_tensors
+        rows = PackedRows(codes, scale, ctx.bits)
         dx = torch.zeros((), device=gradient.device)
         for start, tile in _tiles(rows):
             part = gradient[:, start : start + TILE_ROWS]

@@ -69,7 +69,7 @@ def linear_kernel(
     x_row = tl.program_id(1).to(tl.int64)
     inside = row < rows
     total = tl.zeros((ROWS,), tl.float32)
-    for which in range(0, groups):
+    for which in range(groups):
         x_group = x_ptr + (x_row * groups + which) * group
         base = codes_ptr + (row * groups + which) * (group * BITS // 8)
         dots = tl.zeros((ROWS,), tl.float32)

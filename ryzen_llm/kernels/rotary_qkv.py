@@ -31,9 +31,10 @@ def rotary_qkv(
     from `rotary_table`. `q_weight` and `k_weight`, (head_dim,), are those of the norms; None leaves both out.
     Queries are multiplied by `query_scale`. All results have the dtype of `projected`.
     """
-    head_dim = projected.shape[-1] // (num_heads + 2 * num_kv_heads)
-    heads = projected.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    batch, time, width = projected.shape
+    num_all = num_heads + 2 * num_kv_heads
+    heads = projected.view(batch, time, num_all, width // num_all)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     if query_scale != 1:
@@ -58,7 +59,9 @@ def rotary_qkv_by_triton(
 
     `cos` and `sin` get no gradient: they come from positions.
     """
-    return _rotary_qkv(projected, cos, sin, q_weight, k_weight, num_heads, num_kv_heads, eps, query_scale)
+    sizes = (num_heads, num_kv_heads, eps, query_scale)
+    output: tuple[Tensor, Tensor, Tensor] = _rotary_qkv(projected, cos, sin, q_weight, k_weight, *sizes)
+    return output
 
 
 @torch.library.custom_op("ryzen_llm::rotary_qkv", mutates_args=())

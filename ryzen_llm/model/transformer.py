@@ -269,7 +269,8 @@ class Transformer(nn.Module):
     def replace_embedding(self, embedding: Embedding) -> None:
         """Use `embedding` from now on; `config` says so too, so that what is saved can be built again."""
         self.embedding = embedding
-        self.config = replace(self.config, embedding=embedding.kind, embedding_settings=embedding.settings)
+        settings = embedding.settings or None
+        self.config = replace(self.config, embedding=embedding.kind, embedding_settings=settings)
 
     def compile_blocks(self) -> None:
         """Compile in place, region by region: the blocks share one compilation, and names stay as they are.

@@ -41,6 +41,8 @@ class DrafterOrchestrator(Orchestrator):
     def _build(self) -> tuple[int | None, str]:
         options, data = self.config.drafter, self.config.data
         assert options.target is not None
+        if not self.config.options.runs("training"):
+            raise InputError("phases has no training, which drafter.target is about: leave one of them out")
         target, self.tokenizer = load_pretrained(options.target)
         writer = copy.deepcopy(target).bfloat16() if supports_bf16(torch.device("cpu")) else target
         cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()

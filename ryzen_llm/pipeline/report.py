@@ -12,7 +12,7 @@ PhaseStatus = Literal["done", "failed", "interrupted", "skipped"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class Phase(_Part):
@@ -63,9 +63,11 @@ class FinalReport(_Part):
 
     schema_version: int = 1
     status: Literal["done", "failed", "interrupted"]
+    checkpoint: str | None = None
+    """The weights that everything below is about; within the output directory where they lie there."""
     phases: list[Phase]
     optimizations: dict[str, Component]
-    kernels: Kernels
+    kernels: Kernels = Kernels(reason="setup did not finish")
     e2e_speedup: Component | None
     accuracy: Accuracy
     tests: dict[str, Any] | None

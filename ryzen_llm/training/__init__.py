@@ -9,6 +9,7 @@ from ryzen_llm.training.kernel_optimizer import KernelOptimizer, OpChoice
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 from ryzen_llm.training.precision import choose_precision
+from ryzen_llm.training.sharded import ShardedStrategy, is_sharded, whole_state_dict
 from ryzen_llm.training.target_text import TargetTextModule, Turns
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "OpChoice",
     "OptimizerConfig",
     "Quality",
+    "ShardedStrategy",
     "TargetTextModule",
     "Turns",
     "build_adamw",
@@ -29,8 +31,10 @@ __all__ = [
     "check_resumable",
     "choose_precision",
     "heal",
+    "is_sharded",
     "load_checkpoint",
     "measure",
     "newest_checkpoint",
+    "whole_state_dict",
     "with_embedding",
 ]

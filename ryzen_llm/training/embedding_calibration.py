@@ -25,8 +25,8 @@ def check_text(input_ids: Tensor, vocab_size: int, name: str) -> None:
     """Raise InputError unless these are enough token ids, (batch, time) int64."""
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or input_ids.shape[-1] < 2:
         raise InputError(
-            f"{name} is {tuple(input_ids.shape)} {input_ids.dtype}, expected token ids (batch, time) int64 of 2 "
-            "tokens or more a row"
+            f"{name} is {tuple(input_ids.shape)} {input_ids.dtype}, expected token ids (batch, time) int64, "
+            "2 or more a row"
         )
     if input_ids.numel() < FEWEST_TOKENS:
         raise InputError(f"{name} has {input_ids.numel()} tokens, expected {FEWEST_TOKENS} or more")
@@ -55,14 +55,14 @@ def calibrate(model: Transformer, input_ids: Tensor, seed: int = 0) -> Calibrati
     head = torch.zeros(size, size, device=device)
     lookup = torch.zeros(size, size, device=device)
     predicted = torch.zeros(config.vocab_size, device=device)
-    for rows in input_ids.to(device).split(_ROWS):
+    for rows in torch.split(input_ids.to(device), _ROWS):
         embedded = embedding.lookup(rows).detach().requires_grad_()
         with torch.enable_grad():
             states = model.run_embedded(embedded, torch.arange(rows.shape[1], device=device))
         flat = states.detach().flatten(0, 1)
         gradient = torch.empty_like(flat)
         # Few rows of logits at a time, as the vocabulary is large.
-        for part in torch.arange(len(flat), device=device).split(256):
+        for part in torch.split(torch.arange(len(flat), device=device), 256):
             with torch.no_grad():
                 p = embedding.logits(flat[part]).float().softmax(-1)
                 drawn = torch.multinomial(p, 1, generator=draw)
@@ -105,13 +105,13 @@ class Quality:
 
 @torch.no_grad()
 def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Tensor) -> dict[str, Quality]:
-    """Each of `others` beside the reference `model` on a text (batch, time) int64; the reference runs once."""
+    """Each of `others` beside the reference `model` on a text (batch, time) int64."""
     check_text(input_ids, model.config.vocab_size, "text")
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in others}
     for row in input_ids.to(model.norm.weight.device):
         reference = model.hidden_states(row[None])[0, :-1]
         targets = row[1:]
-        parts = torch.arange(len(targets), device=row.device).split(256)
+        parts = torch.split(torch.arange(len(targets), device=row.device), 256)
         for name, other in others.items():
             states = other.hidden_states(row[None])[0, :-1]
             for at in parts:
@@ -136,7 +136,7 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
 def with_embedding(model: Transformer, embedding: Embedding) -> Transformer:
     """A model of the same blocks (their memory is shared) and another embedding, in the blocks' dtype."""
     with torch.device("meta"):
-        other = Transformer(model.config)
+        other = Transformer(model.config, model.kernels)
     other.blocks, other.norm, other.head = model.blocks, model.norm, model.head
     other.replace_embedding(embedding.to(model.norm.weight.device, model.norm.weight.dtype))
     return other.train(model.training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,7 +87,9 @@ class EmbeddingCompressor:
         Raises InputError for a ratio that no kind reaches.
         """
         if not 1 < ratio < math.inf:
-            raise InputError(f"ratio is {ratio}, expected more than 1: dense bf16 bytes over compressed bytes")
+            raise InputError(
+                f"ratio is {ratio}, expected more than 1: dense bf16 bytes over compressed bytes"
+            )
         vocab_size, hidden_size = self.weight.shape
         available = int(2 * self.weight.numel() / ratio)
         found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
@@ -138,7 +141,7 @@ class EmbeddingCompressor:
 
     def apply(self, embedding: Embedding) -> Transformer:
         """A model of the same blocks with `embedding`."""
-        return with_embedding(self.model, embedding)
+        return with_embedding(self.model, copy.deepcopy(embedding))
 
     def trainable(self, candidate: Candidate) -> Embedding:
         """The candidate in the form to be trained, for `heal`. Raises InputError for one that is not."""

@@ -23,9 +23,9 @@ from ryzen_llm.training.optimizer import OptimizerConfig
 class HealingModule(pl.LightningModule):
     """Distils a dense model into the same blocks around another embedding (Hinton et al. 2015).
 
-    Only the embedding and the last norm are trained; the blocks are shared with the teacher, and `heal` freezes
-    them.
-    Batches are token ids (batch, time) int64. Logs `loss`, the mean divergence from the teacher in nats.
+    Only the embedding and the last norm are trained; the blocks are shared with the teacher, and `heal`
+    freezes them. Batches are token ids (batch, time) int64. Logs `loss`, the mean divergence from the teacher
+    in nats.
 
     Args:
         teacher: The dense model.
@@ -98,13 +98,18 @@ def heal(
         range(len(text)), replacement=True, num_samples=steps * batch_size, generator=order
     )
     loader: DataLoader[Tensor] = DataLoader(text, batch_size, sampler=sampler)  # type: ignore[arg-type]
-    settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    settings: dict[str, Any] = {
+        "accelerator": "auto",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     trained = [p.requires_grad for p in teacher.blocks.parameters()]
     try:
         teacher.blocks.requires_grad_(False)
-        pl.Trainer(
-            max_steps=steps, max_epochs=-1, callbacks=callbacks, accelerator="auto", **settings | trainer
-        ).fit(module, loader)
+        pl.Trainer(max_steps=steps, max_epochs=-1, callbacks=callbacks, **settings | trainer).fit(
+            module, loader
+        )
     finally:  # the blocks are the caller's
         for parameter, before in zip(teacher.blocks.parameters(), trained, strict=True):
             parameter.requires_grad_(before)

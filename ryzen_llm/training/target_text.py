@@ -197,7 +197,8 @@ class TargetTextModule(pl.LightningDataModule):
     def unigram_entropy(self) -> float:
         """Of the tokens of answers, in nats: what a guess by frequency alone would lose at each."""
         ids, own, _ = self.train.tensors
-        return float(torch.distributions.Categorical(probs=ids[own].bincount().float()).entropy())
+        shares = ids[own].bincount() / own.sum()
+        return float(torch.special.entr(shares).sum())
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled batches."""

@@ -46,11 +46,14 @@ class Embedding(nn.Module, ABC):
 
         A kind that trains a matrix has `loss`, the form that the model uses, work on that instead.
         """
-        return chunked_cross_entropy(self.logits, hidden_states, targets, list(self.parameters()))
+        found: tuple[Tensor, Tensor] = chunked_cross_entropy(
+            self.logits, hidden_states, targets, list(self.parameters())
+        )
+        return found
 
     def compressed(self) -> Embedding:
-        """The form to keep and to decode with: a copy, or a smaller one where training needs more."""
-        return copy.deepcopy(self)
+        """The form to keep and to decode with: a smaller one where training needs more, else this one."""
+        return self
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -66,7 +69,8 @@ class Embedding(nn.Module, ABC):
     @property
     def compression_ratio(self) -> float:
         """Bytes of the dense matrix in bf16 over all bytes of `compressed()` in bf16."""
-        return 2 * self.vocab_size * self.hidden_size / self.compressed().to(torch.bfloat16).bytes_resident
+        compressed = copy.deepcopy(self.compressed()).to(torch.bfloat16)
+        return 2 * self.vocab_size * self.hidden_size / compressed.bytes_resident
 
     def _check_ids(self, input_ids: Tensor) -> None:
         """Raise InputError for ids out of range, where that makes no device wait and no graph break."""

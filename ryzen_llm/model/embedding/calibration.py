@@ -35,8 +35,8 @@ class Calibration:
         shapes = [tuple(t.shape) for t in (self.head_hessian, self.input_hessian)]
         if shapes != [(size, size)] * 2 or self.frequencies.dim() != 1:
             raise InputError(
-                f"calibration has frequencies {tuple(self.frequencies.shape)} and Hessians {shapes}, expected "
-                "(vocab_size,) and two (hidden_size, hidden_size)"
+                f"calibration has frequencies {tuple(self.frequencies.shape)} and Hessians {shapes}, "
+                "expected (vocab_size,) and two (hidden_size, hidden_size)"
             )
         if not all(t.isfinite().all() for t in (self.frequencies, self.head_hessian, self.input_hessian)):
             raise InputError("calibration is not finite: the text or the model is damaged")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 GAUSSIAN_STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
-"""The uniform grid's step, in standard deviations, with the least squared error on normally distributed numbers
+"""The uniform grid's step, in standard deviations, with the least squared error on normal numbers
 (Max 1960, "Quantizing for minimum distortion")."""
 _BLOCK = 64
 _SCALES = (0.85, 1.0, 1.15)
@@ -15,15 +15,16 @@ _SCALES = (0.85, 1.0, 1.15)
 
 def gaussian_scale(weight: Tensor, bits: int, group: int) -> Tensor:
     """The step for each row and group of `weight` (rows, size), as (rows, groups) fp32, positive."""
-    groups = weight.float().unflatten(-1, (-1, group))
+    groups = torch.unflatten(weight.float(), -1, (-1, group))
     return (groups.square().mean(-1).sqrt() * GAUSSIAN_STEPS[bits]).clamp(min=1e-8)
 
 
 def to_codes(values: Tensor, scale: Tensor, bits: int) -> Tensor:
     """The nearest codes of `values` (rows, size) with `scale` (rows, groups): (rows, groups, group), fp32."""
     half = (2**bits - 1) / 2
-    grouped = values.unflatten(-1, (scale.shape[1], -1)) / scale[..., None]
-    return (grouped + half).round().clamp(0, 2**bits - 1)
+    grouped = torch.unflatten(values, -1, (scale.shape[1], -1)) / scale[..., None]
+    nearest: Tensor = (grouped + half).round()
+    return nearest.clamp(0, 2**bits - 1)
 
 
 def quantise_rows(weight: Tensor, hessian: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ _ROWS = 4096
 
 
 class ProductEmbedding(CompressedEmbedding):
-    """A row is cut into vectors of `width` columns, each the sum of one entry from each of `stages` codebooks.
+    """A row is cut into vectors of `width` columns, each the sum of an entry from each of `stages` codebooks.
 
     Product quantisation (Jégou et al. 2011); with several stages, residual quantisation of each vector. To be
     trained it holds `weight`, and looks up the nearest entries with the gradient straight through and to the
@@ -81,7 +81,7 @@ class ProductEmbedding(CompressedEmbedding):
         made = cls(*weight.shape, **settings | {"packed": True})
         entries, width = made.codebooks.shape[2:]
         column_scale = calibration.hessian.diagonal().sqrt()
-        white = (weight.float() * column_scale).unflatten(-1, (-1, width)).transpose(0, 1).contiguous()
+        white = torch.unflatten(weight.float() * column_scale, -1, (-1, width)).transpose(0, 1).contiguous()
         draw = torch.Generator().manual_seed(0)
         weights = calibration.frequencies.sqrt().cpu()
         sample = torch.multinomial(weights, min(_TRAINED_ON, len(weights)), generator=draw)
@@ -115,14 +115,14 @@ class ProductEmbedding(CompressedEmbedding):
         return values.view(*input_ids.shape, self.hidden_size)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """See `Embedding.logits`. In the packed form each entry is multiplied once, and its products summed."""
+        """See `Embedding.logits`. Packed, each entry is multiplied once, and products are summed."""
         if self.weight is not None:
             return F.linear(hidden_states, self._assigned(self.weight).to(hidden_states.dtype))
         x = hidden_states.reshape(-1, self.vectors, self.codebooks.shape[-1])
         if len(x) > 16:  # rows are put together for a matrix product, some at a time
             tiles = [
                 F.linear(x.flatten(1), self._decoded(ids).to(x.dtype))
-                for ids in torch.arange(self.vocab_size, device=x.device).split(_ROWS)
+                for ids in torch.split(torch.arange(self.vocab_size, device=x.device), _ROWS)
             ]
             logits = torch.cat(tiles, -1)
         else:
@@ -150,8 +150,8 @@ class ProductEmbedding(CompressedEmbedding):
         return made.to(self.codebooks.device)
 
     def _codes(self, values: Tensor) -> Tensor:
-        """The nearest entries, stage after stage, of `values` (rows, hidden_size): (stages, rows, vectors)."""
-        left = values.detach().float().unflatten(-1, (self.vectors, -1)).transpose(0, 1)
+        """The nearest entries, stage by stage, of `values` (rows, hidden_size): (stages, rows, vectors)."""
+        left = torch.unflatten(values.detach().float(), -1, (self.vectors, -1)).transpose(0, 1)
         codes = []
         for books in self.codebooks.detach().float():
             nearest = _nearest(left, books)
@@ -175,5 +175,5 @@ class ProductEmbedding(CompressedEmbedding):
 def _nearest(rows: Tensor, books: Tensor) -> Tensor:
     """For rows (vectors, n, width), the nearest entry of books (vectors, entries, width): (vectors, n)."""
     norms = books.square().sum(-1)[:, None] / 2
-    parts = [(norms - part @ books.transpose(1, 2)).argmin(-1) for part in rows.split(_ROWS, 1)]
+    parts = [(norms - part @ books.transpose(1, 2)).argmin(-1) for part in torch.split(rows, _ROWS, 1)]
     return torch.cat(parts, 1)

@@ -17,6 +17,7 @@ from ryzen_llm.model.embedding.calibration import Calibration
 from ryzen_llm.model.embedding.error_feedback import gaussian_scale, quantise_rows, to_codes
 from ryzen_llm.model.embedding.rotation import rotate, rotate_back
 
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 Tiers = list[list[int]]
 """[rows, bits] of each tier, first the rows that matter most."""
 
@@ -40,6 +41,8 @@ class QuantizedEmbedding(CompressedEmbedding):
     """
 
     kind = "quantized"
+    signs: Tensor | None
+    position: Tensor | None
 
     def __init__(
         self,
@@ -103,13 +106,15 @@ class QuantizedEmbedding(CompressedEmbedding):
         check_dense(weight, calibration)
         several = isinstance(settings.get("bits"), list) and len(settings["bits"]) > 1
         made = cls(*weight.shape, **settings | {"reordered": several, "packed": False})
-        assert made.weight is not None and made.log_scale is not None
+        assert made.weight is not None
+        assert made.log_scale is not None
         weight, hessian = weight.float(), calibration.hessian
         if made.signs is not None:
             signs = made.signs.float()
             weight, hessian = rotate(weight, signs), rotate(rotate(hessian, signs).T, signs).T
         if several:
             order = sensitivity(weight, calibration).argsort(descending=True)
+            assert made.position is not None
             made.position.copy_(order.argsort())
             weight = weight[order]
         scales = []
@@ -183,24 +188,27 @@ class QuantizedEmbedding(CompressedEmbedding):
 
     def _rounded(self, rows: Tensor | None = None) -> Tensor:
         """`weight`, or some rows of it, on its grid, in fp32 or wider."""
-        assert self.weight is not None and self.log_scale is not None
+        assert self.weight is not None
+        assert self.log_scale is not None
         most = torch.cat([torch.full((n,), 2.0**bits - 1) for n, bits in self.tiers]).to(self.weight.device)
-        weight, scale = self.weight, self.log_scale.view(self.vocab_size, -1)
+        weight: Tensor = self.weight
+        scale = self.log_scale.view(self.vocab_size, -1)
         if rows is not None:
             weight, scale, most = F.embedding(rows, weight), F.embedding(rows, scale), most[rows]
         most = most[:, None, None]
         # Rounded as it will be stored; the gradient passes.
         scale = scale.exp()
         scale = (scale + (scale.bfloat16() - scale).detach())[..., None]
-        places = torch.clamp(weight.unflatten(-1, (-1, self.group)) / scale + most / 2, most * 0, most)
+        places = torch.clamp(torch.unflatten(weight, -1, (-1, self.group)) / scale + most / 2, most * 0, most)
         places = places + (places.round() - places).detach()
         return ((places - most / 2) * scale).flatten(-2)
 
     @torch.no_grad()
     def _packed(self) -> Self:
-        assert self.weight is not None and self.log_scale is not None
+        assert self.weight is not None
+        assert self.log_scale is not None
         made = type(self)(self.vocab_size, self.hidden_size, **self.settings | {"packed": True})
-        if self.position is not None:
+        if self.position is not None and made.position is not None:
             made.position.copy_(self.position)
         scales = self.log_scale.exp().view(self.vocab_size, -1).bfloat16().float()
         for i, (start, stop, bits) in enumerate(self._spans):
@@ -234,7 +242,7 @@ def allocate_bits(
     weight: Tensor,
     calibration: Calibration,
     bytes_available: int,
-    widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8),
+    widths: tuple[int, ...] = WIDTHS,
 ) -> Tiers:
     """Tiers of whole rows for `QuantizedEmbedding.from_dense` that fit into `bytes_available`.
 

@@ -15,14 +15,14 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
     (QuaRot, Ashkboos et al. 2024, arXiv:2404.00456). `signs` are (size,) of +-1.
     """
     x = hadamard(x * signs)
-    blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
+    blocks = torch.unflatten(x, -1, (-1, math.gcd(x.shape[-1], 256)))
     mixed = (_cosine(blocks.shape[-2], x.device) @ blocks).flatten(-2)
     return mixed
 
 
 def rotate_back(x: Tensor, signs: Tensor) -> Tensor:
     """The inverse of `rotate`, its transpose."""
-    blocks = x.float().unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
+    blocks = torch.unflatten(x.float(), -1, (-1, math.gcd(x.shape[-1], 256)))
     return hadamard((_cosine(blocks.shape[-2], x.device).T @ blocks).flatten(-2)) * signs
 
 

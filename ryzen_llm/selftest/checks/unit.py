@@ -12,7 +12,7 @@ from ryzen_llm.cache import build_cache
 from ryzen_llm.decoding import Generator, SpeculativeDecoder
 from ryzen_llm.kernels import CANDIDATES, PLAIN
 from ryzen_llm.selftest.trained import Trained
-from ryzen_llm.training import KernelOptimizer
+from ryzen_llm.training import EmbeddingCompressor, KernelOptimizer
 
 
 def test_kernel_optimizer_initialization(trained: Trained, tmp_path: Path) -> None:
@@ -50,8 +50,14 @@ def test_kernel_optimizer_compilation(trained: Trained) -> None:
     assert error < 0.01, f"the gradient is off by {error:.2%}"
 
 
-def test_embedding_compression_pipeline() -> None:
-    pytest.skip("EmbeddingCompressor is not built yet")
+def test_embedding_compression_pipeline(trained: Trained) -> None:
+    """Compressed to half of bf16 on some of the text, the model predicts nearly the same on the rest."""
+    if trained.model.config.embedding != "dense" or not trained.model.config.tie_embeddings:
+        pytest.skip("the model's embedding is not a tied dense one")
+    ids = trained.val_batches[0].flatten().to(trained.device)
+    choice = EmbeddingCompressor(trained.model, ids[: len(ids) // 16 * 16].view(-1, 16)).choose(ratio=2.0)
+    assert choice.chosen.ratio >= 2
+    assert choice.chosen.quality.perplexity_increase < 0.05
 
 
 @torch.inference_mode()

@@ -9,9 +9,9 @@ from ryzen_callbacks.rules import SIGNALS, default_rules
 
 
 def without_cache(state: dict[str, Any]) -> dict[str, Any]:
-    """A rule's state without when its window last looked up its median, which may be a value earlier."""
-    state.get("window", {}).pop("age", None)
-    return state
+    """A rule's state without its window's last look at the median, which NaN may put off by a value."""
+    window = state.get("window", {})
+    return {**state, "window": window.get("values")}
 
 
 BATCHES = st.lists(

@@ -11,7 +11,9 @@ import torch
 from ryzen_llm.kernels import PackedRows, chunked_cross_entropy, pack, packed_linear, packed_lookup, unpack
 
 
-def random_rows(bits: int, rows: int = 37, groups: int = 3, group: int = 16) -> tuple[PackedRows, torch.Tensor]:
+def random_rows(
+    bits: int, rows: int = 37, groups: int = 3, group: int = 16
+) -> tuple[PackedRows, torch.Tensor]:
     """Packed rows, and their values by the formula in fp64."""
     draw = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (rows, groups, group), generator=draw)

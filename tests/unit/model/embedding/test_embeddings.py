@@ -1,4 +1,4 @@
-"""Every kind of embedding: one matrix behind lookup, logits, loss and bytes; saved, trained and made alike."""
+"""Every kind of embedding: one matrix behind lookup, logits, loss and bytes."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.model.embedding import (
     EMBEDDINGS,
     Calibration,
     CompressedEmbedding,
-    DenseEmbedding,
     Embedding,
     FactorizedEmbedding,
     ProductEmbedding,
@@ -22,8 +22,8 @@ from ryzen_llm.model.embedding import (
 )
 
 VOCAB, HIDDEN = 96, 64
-SHAPE = dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=1, num_heads=4, num_kv_heads=2)
-SHAPE |= dict(intermediate_size=64, max_position_embeddings=32)
+SHAPE = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2}
+SHAPE |= {"intermediate_size": 64, "max_position_embeddings": 32}
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {}),
     "factorized": ("factorized", {"rank": 24}),
@@ -73,7 +73,9 @@ def test_lookup_logits_and_loss_are_those_of_one_matrix(name: str, packed: bool)
     many = torch.randn(40, HIDDEN, generator=draw)
     torch.testing.assert_close(embedding.logits(many), F.linear(many, weight), atol=2e-5, rtol=1e-4)
     loss, correct = embedding.loss(hidden, ids)
-    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), ids.flatten()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits.flatten(0, 1), ids.flatten()), atol=1e-5, rtol=1e-5
+    )
     assert correct == (logits.argmax(-1) == ids).sum()
 
 
@@ -107,7 +109,9 @@ def test_a_checkpoint_holds_the_form_it_was_saved_in(name: str, packed: bool) ->
 
 @pytest.mark.parametrize("name", ["factorized", "product", "quantized", "quantized in tiers"])
 def test_packing_changes_nothing(name: str) -> None:
-    torch.testing.assert_close(build(name, True).dense_weight(), build(name).dense_weight(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        build(name, True).dense_weight(), build(name).dense_weight(), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -237,9 +241,37 @@ def test_ids_out_of_range_are_refused(name: str, packed: bool) -> None:
             build(name, packed).lookup(torch.tensor([[0, wrong]]))
 
 
-def test_the_dense_one_is_not_touched_by_training_another() -> None:
-    embedding = DenseEmbedding(VOCAB, HIDDEN)
-    copy = embedding.compressed()
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quantized in tiers",
+        pytest.param("product", marks=pytest.mark.slow),
+        pytest.param("quantized in groups", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_decoding_step_is_one_graph_and_gives_the_same(name: str) -> None:
+    embedding = build(name, packed=True)
+    hidden, ids = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(0)), torch.tensor([[5]])
+
+    def step(ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return embedding.lookup(ids), embedding.logits(hidden)
+
     with torch.no_grad():
-        copy.get_parameter("weight").zero_()
-    assert embedding.weight.abs().sum() > 0
+        found, expected = torch.compile(step, fullgraph=True)(ids, hidden), step(ids, hidden)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_generation_decodes_with_the_packed_form_and_leaves_the_model_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config(name)).eval()
+    generator = Generator(model, weights="fp32")
+    plain = Transformer(ModelConfig(**SHAPE)).eval()
+    plain.load_state_dict({"embedding.weight": model.embedding.dense_weight()}, strict=False)
+    plain.blocks, plain.norm = model.blocks, model.norm
+    prompt = torch.tensor([[3, 1, 4]])
+    found = generator.generate(prompt, max_new_tokens=12).ids
+    assert torch.equal(found, Generator(plain, weights="fp32").generate(prompt, max_new_tokens=12).ids)
+    assert generator.model.embedding.compressed() is generator.model.embedding
+    assert model.config == config(name)
