@@ -20,6 +20,7 @@ GROUP = 32
 """Input channels that share a scale and a zero point in 4 bits."""
 MOST_PACKED_ROWS = 64
 """With more rows than that, weights are cheaper to convert than to multiply as they are."""
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Int8Linear(nn.Module):
@@ -108,7 +109,7 @@ class Int4LinearOnGpu(nn.Module):
 
 
 def _suits_triton(rows: Tensor) -> bool:
-    return rows.is_cuda and len(rows) <= MOST_PACKED_ROWS and find_spec("triton") is not None
+    return _HAS_TRITON and rows.is_cuda and rows.shape[0] <= MOST_PACKED_ROWS
 
 
 KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}

@@ -32,9 +32,9 @@ def rotary_qkv(
     Queries are multiplied by `query_scale`. All results have the dtype of `projected`.
     """
     batch, time, width = projected.shape
-    head_dim = width // (num_heads + 2 * num_kv_heads)
-    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    q, k, v = (x.view(batch, time, -1, head_dim) for x in torch.split(projected, sizes, dim=-1))
+    num_all = num_heads + 2 * num_kv_heads
+    heads = projected.view(batch, time, num_all, width // num_all)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     if query_scale != 1:

@@ -82,7 +82,7 @@ def test_every_kernel_compiles_without_a_gpu(capability: int, dtype: str, flag: 
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_linear_on_gpu_compiles_without_a_gpu(capability: int, dtype: str) -> None:
     from ryzen_llm.kernels import linear_on_gpu_triton as module
 
