@@ -17,7 +17,9 @@ from ryzen_llm.interop import load_pretrained
 
 @pytest.fixture(scope="module")
 def log(finished: Path) -> EventAccumulator:
-    return EventAccumulator(str(finished / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return EventAccumulator(
+        str(finished / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0}
+    ).Reload()
 
 
 def charts(log: EventAccumulator) -> Iterator[tuple[str, list[str]]]:
