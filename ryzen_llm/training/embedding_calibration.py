@@ -111,7 +111,7 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
     for row in input_ids.to(model.norm.weight.device):
         reference = model.hidden_states(row[None])[0, :-1]
         states = {name: other.hidden_states(row[None])[0, :-1] for name, other in others.items()}
-        for at in torch.arange(len(reference), device=row.device).split(256):
+        for at in torch.split(torch.arange(len(reference), device=row.device), 256):
             log_p, targets = model.logits(reference[at]).float().log_softmax(-1), row[1:][at]
             for name, other in others.items():
                 log_q = other.logits(states[name][at]).float().log_softmax(-1)
