@@ -20,15 +20,13 @@ _LARGEST_SHARE = 0.05
 
 
 class SpeedBursts(Callback):
-    """Logs `speedup` and `compression_ratio` at the ends of epochs, where the collector takes them up.
+    """Logs `speedup` at the ends of epochs, where the collector takes it up.
 
     `speedup` is the time of forward and backward of the epoch's last batch in eager fp32 with all logits at
     once, over that in this run's own recipe, both with the weights as they are: two paired rounds, too few
     for an interval (the claims have one). It changes neither weights, gradients nor random numbers. An epoch
-    is left out where the bursts would take more than 5% of the time since training began. Neither is logged
+    is left out where the bursts would take more than 5% of the time since training began. Nothing is logged
     with several processes.
-
-    `compression_ratio` is the bytes of a dense fp32 table over those of the embedding being trained.
     """
 
     def __init__(self) -> None:
@@ -48,12 +46,9 @@ class SpeedBursts(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log."""
-        # With several processes each has a part of the work, and perhaps of the embedding, only.
+        # With several processes each has a part of the work only.
         if not isinstance(pl_module, LanguageModule) or trainer.world_size > 1:
             return
-        model = pl_module.model
-        dense = model.config.vocab_size * model.config.hidden_size * torch.float32.itemsize
-        pl_module.log("compression_ratio", dense / model.embedding.bytes_resident)
         started = time.perf_counter()
         affordable = self._spent <= _LARGEST_SHARE * (started - self._started)
         if self._batch is None or not affordable:

@@ -73,7 +73,7 @@ def test_measuring_leaves_the_model_as_it_was(context: ClaimContext) -> None:
     assert kernels.measured is not None
     assert kernels.measured > 0
     assert "forward and backward of 2 x 40 tokens" in kernels.description
-    assert "2 optimizer steps on batches of 2 x 40 tokens, then 32 tokens" in speed.description
+    assert "train on 160 tokens (2 optimizer steps of 2 x 40), then generate 32 tokens" in speed.description
     assert loss.status == "PASS"
     assert loss.measured == pytest.approx(0, abs=1e-6), "the same precision, summed in another order"
     for name, tensor in context.model.state_dict().items():
