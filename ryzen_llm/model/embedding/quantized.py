@@ -17,7 +17,8 @@ from ryzen_llm.model.embedding.calibration import Calibration
 from ryzen_llm.model.embedding.error_feedback import gaussian_scale, quantise_rows, to_codes
 from ryzen_llm.model.embedding.rotation import rotate, rotate_back
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 8)
+WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Bits of a tier. Rows of 1 bit are left out: rare tokens do occur, and on held-out text they cost too much."""
 Tiers = list[list[int]]
 """[rows, bits] of each tier, first the rows that matter most."""
 
