@@ -15,9 +15,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ryzen_llm.decoding.drafters.base import Draft, Drafter, DraftSession, Step
-from ryzen_llm.decoding.weights import GROUP, Int4Linear
+from ryzen_llm.decoding.weights import Int4Linear
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import rms_norm, swiglu
+from ryzen_llm.kernels import INT4_GROUP, rms_norm, swiglu
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
 
@@ -180,7 +180,7 @@ class _Unrolled(nn.Module):
         """Where the sizes suit."""
         for parent, name in ((self.heads, "w_in"), (self.heads, "w_out"), (self, "rows")):
             linear = getattr(parent, name)
-            if linear.in_features % GROUP == 0 and linear.out_features % 16 == 0:
+            if linear.in_features % INT4_GROUP == 0 and linear.out_features % 16 == 0:
                 setattr(parent, name, Int4Linear(linear, name))
 
     def forward(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
