@@ -32,6 +32,8 @@ test-gpu:
 	PYTHONPATH=.:callbacks $(GPU_PYTHON) -m pytest -q -m gpu
 
 bench-gpu:
+	PYTHONPATH=.:callbacks $(GPU_PYTHON) scripts/benchmark.py kernels --device cuda --model smollm2-135m \
+		--batch 16 --context 1024 --rounds 30 --out benchmarks/results/kernels-gpu.json
 	PYTHONPATH=.:callbacks $(GPU_PYTHON) scripts/benchmark.py training --device cuda --model smollm2-135m \
 		--batch 16 --context 1024 --rounds 12 --out benchmarks/results/training-gpu.json
 

@@ -42,20 +42,18 @@ def main(arguments: list[str]) -> None:
         console.print(f"{name} is not installed: left out")
 
     with tempfile.TemporaryDirectory() as folder:
-        forms = {
-            "directory (fp32 safetensors)": str(
-                export_pretrained(*load_pretrained(options.model), f"{folder}/hf")
-            )
-        }
+        forms = {"safetensors, fp32": str(export_pretrained(*load_pretrained(options.model), f"{folder}/hf"))}
         if options.model.endswith(".gguf"):
-            forms[f"GGUF ({Path(options.model).name})"] = str(Path(options.model).absolute())
+            forms["GGUF"] = str(Path(options.model).absolute())
         arms = [(form, dtype, loader) for form in forms for dtype in options.dtypes for loader in loaders]
         runs: dict[str, list[dict[str, Any]]] = {json.dumps(arm): [] for arm in arms}
-        for key in track(list(interleaved(list(runs), options.rounds)), "loading", console, transient=True):
+        for key in track(
+            list(interleaved(list(runs), options.rounds)), "loading", console=console, transient=True
+        ):
             form, dtype, loader = json.loads(key)
             runs[key].append(_load(loader, forms[form], dtype))
 
-    rows = [_row(*json.loads(key), found) for key, found in runs.items()]
+    rows = [_row(json.loads(key), found) for key, found in runs.items()]
     console.print(_table(rows, options.rounds))
     ours = [row for row in rows if row["loader"] == "ryzen_llm"]
     held = all(row["load_seconds"] < MOST_SECONDS for row in ours)
@@ -101,9 +99,9 @@ def _load(loader: str, path: str, dtype: str) -> dict[str, Any]:
     return found
 
 
-def _row(form: str, dtype: str, loader: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(arm: list[str], found: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds, and the rounds."""
-    row: dict[str, Any] = {"form": form, "dtype": dtype, "loader": loader}
+    row: dict[str, Any] = dict(zip(("form", "dtype", "loader"), arm, strict=True))
     for name in found[0]:
         values = [one[name] for one in found]
         row[name] = None if None in values else statistics.median(values)
@@ -114,8 +112,8 @@ def _row(form: str, dtype: str, loader: str, found: list[dict[str, Any]]) -> dic
 
 def _table(rows: list[dict[str, Any]], rounds: int) -> Table:
     table = Table(title=f"medians of {rounds} loads", box=box.SIMPLE)
-    for heading in ("from", "dtype", "loader", "load s", "to first logits s", "peak MB", "times its size"):
-        table.add_column(heading, justify="left" if heading in ("from", "loader") else "right")
+    for heading in ("from", "dtype", "loader", "load s", "first logits s", "peak MB", "times size"):
+        table.add_column(heading, justify="left" if heading in ("from", "loader") else "right", no_wrap=True)
     for row in rows:
         peak, ratio = row["first_logits_peak_bytes"], row["peak_times_size"]
         table.add_row(

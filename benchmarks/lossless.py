@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ SHARED = ("model", "prompts", "texts", "prompt_tokens", "new_tokens", "width", "
 
 
 def main(arguments: list[str]) -> None:
-    """Two comparisons, for each kind of weights and cache; what an earlier part has measured is kept.
+    """Two comparisons, for a kind of weights and each cache; what an earlier part has measured is kept.
 
     "same graph": a drafter against none, both over passes of the same width; every id has to be the same.
     "width 1": none over that width against plain decoding. Rounding differs there, so ids may where two
@@ -41,6 +43,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="bf16")
     parser.add_argument("--caches", nargs="+", default=["dense", "int8", "k8v4", "int4-sinks"])
     parser.add_argument("--drafters", nargs="+", default=["suffix", "recycling"], help="as for generate.py")
+    parser.add_argument("--width-1", action="store_true", help="compare with plain decoding, too")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/lossless.json"))
     options = parser.parse_args(arguments)
@@ -60,21 +63,24 @@ def main(arguments: list[str]) -> None:
     for cache in options.caches:
         generator = Generator(model, cache=cache, weights=options.weights, compile=options.compile)
         runs = found["runs"].setdefault(f"{options.weights}, {cache}", {})
-        decoder = SpeculativeDecoder(generator, [], widths=[options.width])
-        same_width = _decode(decoder, prompts, options, console, f"{cache}, no drafter")
-        for drafter in options.drafters:
-            decoder = SpeculativeDecoder(generator, drafter, widths=[options.width])
-            ids = _decode(decoder, prompts, options, console, f"{cache}, {drafter}")
-            runs[drafter.partition(":")[0]] = {
-                "texts": len(ids),
-                "tokens": ids.numel(),
-                "same_texts": int((ids == same_width).all(1).sum()),
-                "same_tokens": int((ids == same_width).sum()),
-            }
-        plain = _decode(generator, prompts, options, console, f"{cache}, plain")
-        runs["width 1"] = differences(generator, prompts, plain, same_width, options.width)
-        found["environment"] = describe_environment()
-        write_json(options.out, found)
+        for drafter in ["none", *options.drafters]:
+            name = drafter.partition(":")[0]
+            if name in runs:
+                continue  # by an earlier part
+            decoder = SpeculativeDecoder(
+                generator, [] if drafter == "none" else drafter, widths=[options.width]
+            )
+            ids = _decode(decoder, prompts, options, console, f"{cache}, {name}")
+            runs[name] = {"texts": len(ids), "tokens": ids.numel(), "hashes": [_hash(text) for text in ids]}
+            runs[name]["same_texts"] = sum(map(operator.eq, runs[name]["hashes"], runs["none"]["hashes"]))
+            found["environment"] = describe_environment()
+            write_json(options.out, found)
+        if options.width_1 and "width 1" not in runs:
+            plain = _decode(generator, prompts, options, console, f"{cache}, plain")
+            decoder = SpeculativeDecoder(generator, [], widths=[options.width])
+            wide = _decode(decoder, prompts, options, console, f"{cache}, width {options.width}")
+            runs["width 1"] = differences(generator, prompts, plain, wide, options.width)
+            write_json(options.out, found)
     show(found["runs"], console)
     console.print(f"written: {options.out}")
 
@@ -94,6 +100,10 @@ def _prompts(by_category: dict[str, list[Tensor]], options: argparse.Namespace) 
             f"{options.texts}: lower --texts or --prompt-tokens"
         )
     return list(torch.split(torch.cat(chosen[: options.texts]), options.batch))
+
+
+def _hash(ids: Tensor) -> str:
+    return hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()[:16]
 
 
 def _decode(

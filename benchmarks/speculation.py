@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import json
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,15 @@ from torch import Tensor
 from benchmarks.chat_prompts import read_prompts
 from benchmarks.speculation_peers import PEERS, build_peer
 from ryzen_llm.data import Tokenizer
-from ryzen_llm.decoding import WEIGHTS, Generator, SpeculativeDecoder
+from ryzen_llm.decoding import (
+    WEIGHTS,
+    Draft,
+    Drafter,
+    DraftSession,
+    Generator,
+    SpeculativeDecoder,
+    Step,
+)
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
 from ryzen_llm.model import Transformer
@@ -48,7 +57,8 @@ def main(arguments: list[str]) -> None:
         "--drafters",
         nargs="*",
         default=["suffix", "recycling", "suffix,recycling"],
-        help="our arms: drafters as for generate.py, joined by commas; plain decoding is always among them",
+        help="our arms: drafters as for generate.py, joined by commas, or `wrong`, which never holds; plain "
+        "decoding is always among them",
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--eager", action="store_true", help="do not compile")
@@ -84,6 +94,23 @@ def main(arguments: list[str]) -> None:
     plot(found["arms"], options.out.with_suffix(".png"), console)
 
 
+class WrongDrafter(Drafter, DraftSession):
+    """Draws ids at random: what drafts cost that never hold."""
+
+    name = "wrong"
+
+    def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
+        """See `Drafter.begin`."""
+        return self
+
+    def propose(self, most: int) -> Draft:
+        """See `DraftSession.propose`."""
+        return Draft([random.randrange(1000) for _ in range(most)], range(most))
+
+    def update(self, step: Step) -> None:
+        """Learns nothing."""
+
+
 def ours(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -97,7 +124,8 @@ def ours(
     for drafters in options.drafters:
         names = drafters.split(",")
         label = "+".join(name.partition(":")[0] for name in names)
-        engines[f"{label} {options.weights}"] = SpeculativeDecoder(generator, names, widths=options.widths)
+        chosen = [WrongDrafter() if name == WrongDrafter.name else name for name in names]
+        engines[f"{label} {options.weights}"] = SpeculativeDecoder(generator, chosen, widths=options.widths)
     arms: dict[str, Arm] = {}
     for name, engine in engines.items():
         arms[name] = functools.partial(_generate, engine, tokenizer.stop_ids, options.new_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import statistics
 import time
@@ -17,20 +18,23 @@ from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor, nn
 
+from benchmarks.peaks import matmul_peak
 from benchmarks.side_by_side import Ratio, peak_memory, speedup, synchronize, time_arms
-from ryzen_llm.kernels import cross_entropy, supports_bf16
+from ryzen_llm.kernels import PLAIN, supports_bf16
 from ryzen_llm.model import PRESETS, ModelConfig, Transformer
-from ryzen_llm.training import OptimizerConfig, build_adamw
+from ryzen_llm.training import KernelOptimizer, OptimizerConfig, build_adamw
 
 OURS = "ours"
 ARMS = {
-    OURS: "bf16 autocast where the hardware has it, blocks and loss compiled, fused AdamW",
-    "naive": "our model, eager fp32, PyTorch's default AdamW",
-    "strong": "our model in bf16 autocast, compiled as a whole, fused AdamW",
+    OURS: "bf16 autocast where the hardware has it, blocks and loss compiled, fused AdamW, measured kernels",
+    "naive": "our model with PyTorch's kernels, eager fp32, PyTorch's default AdamW",
+    "strong": "our model with PyTorch's kernels in bf16 autocast, compiled as a whole, fused AdamW",
     "no compile": "ours without torch.compile",
     "no fused": "ours without fused AdamW",
     "no bf16": "ours in fp32",
+    "no measured kernels": "ours without KernelOptimizer, its kernels chosen by rules of thumb",
     "no fused loss": "ours with all logits at once, compiled",
+    "checkpointing": "ours with activation checkpointing",
     "transformers": "LlamaForCausalLM, bf16 autocast, compiled, fused AdamW",
     "transformers eager": "LlamaForCausalLM, eager fp32, PyTorch's default AdamW",
     "litgpt": "litgpt.GPT, bf16 autocast, compiled, fused AdamW",
@@ -65,7 +69,7 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     batch = torch.randint(config.vocab_size, (options.batch, options.context + 1), device=device)
 
-    builders, absent = _builders(config, device)
+    builders, absent = _builders(config, device, (options.batch, options.context))
     if options.only is not None:
         builders = {name: build for name, build in builders.items() if name in (OURS, *options.only)}
     steps: dict[str, Callable[[], object]] = {}
@@ -87,7 +91,7 @@ def main(arguments: list[str]) -> None:
 
     tokens = options.batch * options.context
     flops = tokens * Transformer(config).flops_per_token(options.context)
-    peak = _matmul_peak(device, torch.bfloat16 if supports_bf16(device) else torch.float32)
+    peak = matmul_peak(device, torch.bfloat16 if supports_bf16(device) else torch.float32)
     baselines = [name for name in times if name != OURS]
     table = Table(title=f"{options.model}, {options.batch} x {options.context} tokens a step, {device}")
     for heading in ("arm", "tokens/s", "of peak", "ours is faster by", "memory", "warm-up"):
@@ -154,7 +158,7 @@ Built = tuple[nn.Module, Loss, torch.optim.Optimizer, bool]
 
 
 def _builders(
-    config: ModelConfig, device: torch.device
+    config: ModelConfig, device: torch.device, shape: tuple[int, int]
 ) -> tuple[dict[str, Callable[[], Built]], dict[str, str]]:
     """What builds each arm, and the arms that cannot run here with the reason."""
     torch._dynamo.config.recompile_limit = 64  # the arms share code, and beyond it they silently run eager
@@ -162,29 +166,33 @@ def _builders(
     bf16 = supports_bf16(device)
 
     def ours(
-        regional: bool = True, autocast: bool = bf16, fused: bool = True, fused_loss: bool = True
+        regional: bool = True,
+        autocast: bool = bf16,
+        fused: bool = True,
+        measured: bool = True,
+        checkpointing: bool = False,
+        **kernels: str,
     ) -> Built:
         model = Transformer(config).to(device)
+        model.checkpoint_activations = checkpointing
+        if measured:
+            KernelOptimizer(model, *shape, bf16=autocast, compile=regional).optimize()
+        model.use_kernels(dataclasses.replace(model.kernels, **kernels))
         if regional:
             model.compile_blocks()
         adamw = build_adamw(model, OptimizerConfig(learning_rate=LEARNING_RATE), fused=fused)
-        if fused_loss:
-            return model, lambda ids, targets: model.loss(ids, targets)[0], adamw, autocast
-        head = torch.compile(
-            lambda hidden_states, targets: cross_entropy(model.logits(hidden_states), targets)
-        )
-        return model, lambda ids, targets: head(model.hidden_states(ids), targets)[0], adamw, autocast
+        return model, lambda ids, targets: model.loss(ids, targets)[0], adamw, autocast
 
     def strong() -> Built:
-        model = Transformer(config).to(device)
-        loss = torch.compile(lambda ids, targets: cross_entropy(model(ids), targets)[0])
+        model = Transformer(config, PLAIN).to(device)
+        loss = torch.compile(lambda ids, targets: model.loss(ids, targets)[0])
         adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
         return model, loss, adamw, bf16
 
     def naive() -> Built:
-        model = Transformer(config).to(device)
+        model = Transformer(config, PLAIN).to(device)
         adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-        return model, lambda ids, targets: cross_entropy(model(ids), targets)[0], adamw, False
+        return model, lambda ids, targets: model.loss(ids, targets)[0], adamw, False
 
     builders: dict[str, Callable[[], Built]] = {
         OURS: ours,
@@ -192,7 +200,9 @@ def _builders(
         "strong": strong,
         "no compile": lambda: ours(regional=False),
         "no fused": lambda: ours(fused=False),
-        "no fused loss": lambda: ours(fused_loss=False),
+        "no measured kernels": lambda: ours(measured=False),
+        "no fused loss": lambda: ours(loss="all logits, compiled"),
+        "checkpointing": lambda: ours(checkpointing=True),
     }
     if bf16:
         builders["no bf16"] = lambda: ours(autocast=False)
@@ -278,17 +288,3 @@ def _step(loss: Loss, optimizer: torch.optim.Optimizer, batch: Tensor, bf16: boo
         optimizer.zero_grad()
 
     return step
-
-
-def _matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a large matrix product, in floating-point operations per second."""
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best

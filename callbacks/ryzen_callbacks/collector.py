@@ -17,9 +17,10 @@ from ryzen_callbacks.environment import describe_environment
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS, MetricsLog
 from ryzen_callbacks.report_path import prepare_report_path
 from ryzen_callbacks.reports import AnomalyRow, MetricStatistics, RunMetadata, TrainingMetricsReport
-from ryzen_callbacks.step_callback import StepCallback, logged_now, validated
+from ryzen_callbacks.step_callback import StepCallback
 from ryzen_callbacks.step_logging import log_restart, log_steps
 from ryzen_callbacks.step_recorder import Step
+from ryzen_callbacks.trainer_values import logged_now, validated
 
 REPORT_NAME = "training_metrics_report.json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,8 +16,9 @@ from ryzen_callbacks.report_path import prepare_report_path
 from ryzen_callbacks.reports import AnomalyRow
 from ryzen_callbacks.rollback import LastGood
 from ryzen_callbacks.rules import KINDS, SIGNALS, default_rules
-from ryzen_callbacks.step_callback import StepCallback, validated
+from ryzen_callbacks.step_callback import StepCallback
 from ryzen_callbacks.step_recorder import Step
+from ryzen_callbacks.trainer_values import validated
 
 Action = Literal["record", "warn", "stop", "rollback"]
 CHECKPOINT_NAME = "last_good.ckpt"
@@ -93,7 +95,7 @@ class AnomalyDetector(StepCallback):
         self._rules = default_rules(plateau_steps)
         self._last_good: LastGood | None = None
         self._to_undo: Anomaly | None = None
-        self._all_well = False
+        self._well_at: int | None = None
 
     def update(self, *, step: int, **signals: float | None) -> list[Anomaly]:
         """Judge the values of one optimizer step; return what is found.
@@ -108,11 +110,15 @@ class AnomalyDetector(StepCallback):
         """
         if unknown := set(signals) - set(SIGNALS):
             raise ValueError(f"unknown signal {min(unknown)!r}; there are {', '.join(SIGNALS)}")
+        return self._judge({name: ([step], [value]) for name, value in signals.items() if value is not None})
+
+    def _judge(self, columns: Mapping[str, tuple[list[int], list[float]]]) -> list[Anomaly]:
+        """Judge each signal's steps and values, rule by rule, and keep what is found."""
         found = []
         for rule in self._rules:
-            value = signals.get(rule.signal)
-            if value is not None and (anomaly := rule.update(step, value)) is not None:
-                found.append(anomaly)
+            if rule.signal in columns:
+                found += rule.update_all(*columns[rule.signal])
+        found.sort(key=lambda anomaly: anomaly.step)
         room = _MAX_KEPT - len(self.anomalies)
         self.anomalies.extend(found[:room])
         self.not_kept += len(found[room:])
@@ -142,31 +148,25 @@ class AnomalyDetector(StepCallback):
 
     def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
         """Judge the steps and act on what is found."""
-        found = []
+        columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
         for step in steps:
-            found += self.update(step=step.step, **signals_of(step.values))
-        self._all_well = not found
+            for name, value in signals_of(step.values).items():
+                numbers, values = columns[name]
+                numbers.append(step.step)
+                values.append(value)
+        found = self._judge(columns)
+        self._well_at = None if found else self.last_step
         self._act(trainer, found)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """What was judged before this batch says nothing of the weights after it."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._all_well = False
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Between two batches, undo what is to be undone, or keep the present as good."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def between_batches(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Undo what is to be undone, or keep the present as good if it is what was judged last."""
         if self._last_good is None:
             return
         if self._to_undo is not None:
             self._roll_back(trainer, self._last_good, self._to_undo)
             self._to_undo = None
-        elif self._all_well:
-            self._last_good.keep(trainer, self.last_step)
+        elif self._well_at == step:
+            self._last_good.keep(trainer, step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the validation accuracy."""
@@ -245,14 +245,20 @@ class AnomalyDetector(StepCallback):
         write_json(self.path, {"schema_version": 1, "anomalies": rows, "rollbacks": self.rollbacks})
 
 
-def signals_of(values: Mapping[str, float]) -> dict[str, float | None]:
+def signals_of(values: Mapping[str, float]) -> dict[str, float]:
     """A step's values under the names that the rules know."""
-    step_time, data_wait = values.get("step_time_s"), values.get("data_wait_s")
-    return {
-        "loss": values.get("loss"),
-        "grad_norm": values.get("grad_norm"),
-        "step_time": step_time,
-        "throughput": values.get("tokens_per_second", values.get("samples_per_second")),
-        "data_wait_share": data_wait / step_time if step_time and data_wait is not None else None,
-        "memory": values.get("memory_bytes"),
-    }
+    signals = {signal: values[name] for name, signal in _SIGNAL_OF.items() if name in values}
+    step_time = values.get("step_time_s")
+    if step_time and "data_wait_s" in values:
+        signals["data_wait_share"] = values["data_wait_s"] / step_time
+    return signals
+
+
+_SIGNAL_OF = {
+    "loss": "loss",
+    "grad_norm": "grad_norm",
+    "step_time_s": "step_time",
+    "samples_per_second": "throughput",
+    "tokens_per_second": "throughput",  # the better measure of the two, so it comes last
+    "memory_bytes": "memory",
+}

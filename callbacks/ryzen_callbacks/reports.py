@@ -14,7 +14,7 @@ Severity = Literal["warning", "critical"]
 
 
 class _Report(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
     schema_version: int = 1
 
@@ -24,7 +24,7 @@ class _Report(BaseModel):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class RunMetadata(_Part):

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.io.gfile import GFile
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 from ryzen_callbacks.step_recorder import Step
+from ryzen_callbacks.tensorboard_records import encode
 
 
 def log_steps(loggers: Sequence[Logger], steps: Sequence[Step]) -> None:
     """Log each step's values with every logger, as `train/<name>`.
 
-    TensorBoard gets one event a step with all values: an event for each, as `log_metrics` writes them, costs
-    it several times as much, in this thread and in its writer's.
+    To a TensorBoard file on a disk the steps are written past its logger, which would take longer over them
+    than a short training step lasts.
     """
     for logger in loggers:
-        writer = _tensorboard_writer(logger) if not getattr(logger, "_prefix", "") else None
+        file = _tensorboard_file(logger)
+        if file is not None:
+            prefix = getattr(logger, "_prefix", "")
+            file.write(encode(steps, f"{prefix}-train/" if prefix else "train/", time.time()))
+            continue
         for step in steps:
-            if writer is not None:
-                values = [Summary.Value(tag=f"train/{n}", simple_value=v) for n, v in step.values.items()]
-                writer.add_summary(Summary(value=values), step.step)
-            else:
-                logger.log_metrics({f"train/{n}": v for n, v in step.values.items()}, step=step.step)
+            logger.log_metrics({f"train/{n}": v for n, v in step.values.items()}, step=step.step)
 
 
 def log_restart(trainer: Trainer, step: int) -> None:
@@ -41,8 +43,19 @@ def log_restart(trainer: Trainer, step: int) -> None:
         writer = _tensorboard_writer(logger)
         if writer is not None:
             writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+            writer.flush()  # what follows it must come after it in the file, too
 
 
 def _tensorboard_writer(logger: Logger) -> FileWriter | None:
     writer = getattr(logger, "experiment", None)
     return writer.file_writer if isinstance(writer, SummaryWriter) else None
+
+
+def _tensorboard_file(logger: Logger) -> GFile | None:
+    """The logger's event file, if a block of bytes can simply be appended to it.
+
+    Each write to such a file opens it to append, so that the blocks of the logger's thread stay whole too.
+    """
+    writer = _tensorboard_writer(logger)
+    file = getattr(getattr(writer, "event_writer", None), "_general_file_writer", None)
+    return file if isinstance(file, GFile) and file.fs_supports_append else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 Reduce = Callable[[Tensor, str], Tensor]
 """All-reduce of a tensor over the ranks with "sum" or "max"."""
+
+_Moment = float | torch.cuda.Event
+"""The host's clock in seconds; on CUDA an event on the stream."""
 
 
 @dataclass(slots=True)
@@ -26,19 +29,23 @@ class Step:
 
 @dataclass(slots=True)
 class _Pending:
-    """A step as recorded: its tensors are still on the device."""
+    """A step as recorded: its tensors are still on the device. Times are None where the clock is broken."""
 
-    losses: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    learning_rates: dict[str, float | Tensor] = field(default_factory=dict)
-    extras: dict[str, float | Tensor] = field(default_factory=dict)
+    losses: list[Tensor]
+    norms: list[Tensor]
+    learning_rates: dict[str, float | Tensor]
+    extras: dict[str, float | Tensor] | None = None
     tokens: int | None = None
     samples: int | None = None
     data_wait: float | None = 0.0
-    start: _Mark | None = None
-    end: _Mark | None = None
+    start: _Moment | None = None
+    end: _Moment | None = None
     step: int = 0
     epoch: int = 0
+
+    @classmethod
+    def empty(cls) -> _Pending:
+        return cls([], [], {})
 
 
 class StepRecorder:
@@ -67,12 +74,17 @@ class StepRecorder:
         self._reduce = reduce
         self._sharded_gradients = sharded_gradients
         self._done: list[_Pending] = []
-        self._current = _Pending()
+        self._current = _Pending.empty()
         self._idle_since: float | None = None
-        self._last_end: _Mark | None = None
+        self._last_end: _Moment | None = None
 
     def __len__(self) -> int:
         return len(self._done)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether an optimizer has stepped since the last step ended."""
+        return bool(self._current.learning_rates)
 
     def break_clock(self) -> None:
         """The running step contains something that is not training: leave its times out."""
@@ -88,15 +100,14 @@ class StepRecorder:
             current.data_wait += time.perf_counter() - self._idle_since
 
     def before_optimizer_step(
-        self, name: str, learning_rate: float | Tensor, parameters: Iterable[Tensor]
+        self, name: str, learning_rate: float | Tensor, gradients: list[Tensor]
     ) -> None:
-        """Note an optimizer's learning rate and the norm of its gradients, before clipping."""
+        """Note an optimizer's learning rate and the norm of its `gradients`, before clipping."""
         if isinstance(learning_rate, Tensor):
             learning_rate = learning_rate.detach().clone()  # the scheduler writes into it
         self._current.learning_rates[name] = learning_rate
-        gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
-            self._current.norms.append(_total_norm(gradients))
+            self._current.norms += _norms(gradients)
 
     def batch_ended(self, loss: Tensor | None, tokens: int | None, samples: int | None) -> None:
         """A micro-batch is done. `loss` is the batch's own mean, not divided by the accumulation."""
@@ -112,18 +123,18 @@ class StepRecorder:
         """The micro-batches since the last call made one optimizer step."""
         current = self._current
         current.step, current.epoch = step, epoch
-        current.start, current.end = self._last_end, _Mark(self._device)
+        current.start, current.end = self._last_end, self._now()
         self._last_end = current.end
         self._done.append(current)
-        self._current = _Pending()
+        self._current = _Pending.empty()
 
     def idle(self) -> None:
         """The callback's own work for this batch is done: the wait for data begins."""
         self._idle_since = time.perf_counter()
 
     def add_extras(self, values: dict[str, float | Tensor]) -> None:
-        """Attach further values to the step that ended last."""
-        self._done[-1].extras.update(values)
+        """Attach `values` to the step that ended last."""
+        self._done[-1].extras = values
 
     def drain(self, across_ranks: bool = True) -> list[Step]:
         """The steps that ended since the last call, as plain numbers.
@@ -141,6 +152,13 @@ class StepRecorder:
             _add_rates(step.values)
         return steps
 
+    def _now(self) -> _Moment:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
     def _values(self, pending: _Pending, numbers: Iterable[float]) -> dict[str, float]:
         """A step's values; takes its tensors' numbers from `numbers`, in the order of `_tensors`."""
         numbers = iter(numbers)
@@ -152,19 +170,18 @@ class StepRecorder:
         for name, rate in pending.learning_rates.items():
             values[name] = next(numbers) if isinstance(rate, Tensor) else float(rate)
         if norms:
-            values["grad_norm"] = norms[0] if len(norms) == 1 else math.hypot(*norms)
+            values["grad_norm"] = math.hypot(*norms)
         if pending.tokens is not None:
             values["tokens"] = pending.tokens
         if pending.samples is not None:
             values["samples"] = pending.samples
         if pending.start is not None and pending.end is not None and pending.data_wait is not None:
-            values["step_time_s"] = pending.end.seconds_since(pending.start)
+            values["step_time_s"] = _seconds(pending.start, pending.end)
             values["data_wait_s"] = pending.data_wait
-        for name, value in pending.extras.items():
+        for name, value in (pending.extras or {}).items():
             number = next(numbers) if isinstance(value, Tensor) else value
-            values.setdefault(
-                name, number
-            )  # a module that logs "loss" itself does not replace the measured one
+            # A module that logs "loss" itself does not replace the measured one.
+            values.setdefault(name, number)
         return values
 
     def _reduce_steps(self, steps: list[Step], reduce: Reduce) -> None:
@@ -196,38 +213,29 @@ class StepRecorder:
 
 
 _SUMS = ("loss", "grad_norm", "tokens", "samples")
+_FEW = 32
 _MAXIMA = ("step_time_s", "data_wait_s", "memory_bytes")
 
 
-class _Mark:
-    """A moment: on CUDA an event on the stream, elsewhere the host's clock."""
-
-    __slots__ = ("_event", "_host")
-
-    def __init__(self, device: torch.device) -> None:
-        self._host = time.perf_counter()
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def seconds_since(self, earlier: _Mark) -> float:
-        if self._event is None or earlier._event is None:
-            return self._host - earlier._host
-        self._event.synchronize()
-        return float(earlier._event.elapsed_time(self._event)) / 1000
+def _seconds(start: _Moment, end: _Moment) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event)  # one device, one kind of clock
+    assert isinstance(end, torch.cuda.Event)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
-def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, on the device; full over the ranks for DTensor gradients."""
-    dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    first = dense[0]
-    if all(type(g) is Tensor and g.dtype == first.dtype and g.device == first.device for g in dense):
-        # What get_total_norm comes down to, without its sorting: the dearest thing that is done at each step.
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense)))
-        return norm
-    norm = torch.nn.utils.get_total_norm(dense)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    """Norms on the device whose hypotenuse is the norm of all gradients together (over ranks, for DTensors).
+
+    A few gradients have one each, to be put together when they have left the device: the norm is the dearest
+    thing that is done at each step, and putting the parts together is a third of it.
+    """
+    if len(gradients) <= _FEW and all(type(g) is Tensor and not g.is_sparse for g in gradients):
+        return list(torch._foreach_norm(gradients))
+    norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+    return [norm.full_tensor() if isinstance(norm, DTensor) else norm]
 
 
 def _add_rates(values: dict[str, float]) -> None:
@@ -240,13 +248,14 @@ def _add_rates(values: dict[str, float]) -> None:
 
 
 def _tensors(pending: _Pending) -> list[Tensor]:
-    mixed = [*pending.learning_rates.values(), *pending.extras.values()]
+    mixed = [*pending.learning_rates.values(), *(pending.extras or {}).values()]
     return [*pending.losses, *pending.norms, *(v for v in mixed if isinstance(v, Tensor))]
 
 
 def _to_floats(tensors: list[Tensor], device: torch.device) -> list[float]:
     if not tensors:
         return []
-    stacked = torch.stack([t.reshape(()).to(device=device, dtype=torch.float32) for t in tensors])
-    numbers: list[float] = stacked.tolist()
+    if {(t.dtype, t.device, t.ndim) for t in tensors} != {(torch.float32, device, 0)}:
+        tensors = [t.reshape(()).to(device=device, dtype=torch.float32) for t in tensors]
+    numbers: list[float] = torch.stack(tensors).tolist()
     return numbers

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ryzen_callbacks.batch_hooks import BATCH_HOOKS, leave_out
 from ryzen_callbacks.claim import Claim
 from ryzen_callbacks.environment import describe_environment
 from ryzen_callbacks.measurement import measure_claim
@@ -75,6 +76,7 @@ class OptimizationValidator(Callback):
         self.every_n_validations = every_n_validations
         self.on_progress = on_progress
         self._validations = 0
+        leave_out(self, BATCH_HOOKS, Callback)
         self.report: ValidationReport | None = None
         """The latest report, once there is one."""
 

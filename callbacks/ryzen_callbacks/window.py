@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 _REFRESH = 16
@@ -24,6 +25,15 @@ class Window:
         """Take in a value; the oldest leaves when the window is full."""
         self._values.append(value)
         self._age += 1
+
+    def extend(self, values: Sequence[float]) -> None:
+        """Take in several values."""
+        self._values.extend(values)
+        self._age += len(values)
+
+    def pushes_to_refresh(self) -> int:
+        """For how many pushes `recent_median()` stays as it is, once it has been asked for."""
+        return _REFRESH - self._age
 
     def clear(self) -> None:
         """Forget everything."""

@@ -19,6 +19,7 @@ def build_claims(context: ClaimContext) -> list[Claim]:
         kernel_performance.claim(context),
         kernel_performance.claim_vs_strong(context),
         embedding_compression.claim(context),
+        embedding_compression.claim_quality(context),
         kv_cache.claim(context),
         kv_cache.claim_quality(context),
         speculative_decoding.claim(context),

@@ -11,7 +11,6 @@ from torch import Tensor
 from ryzen_llm.cache import check_names
 from ryzen_llm.decoding import check_drafters
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import cross_entropy
 from ryzen_llm.model import Transformer
 
 _FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
@@ -64,6 +63,8 @@ class Optimizations:
         enable_embedding_compression: Use and measure the compressed embedding.
         enable_kv_cache_optimization: Use and measure the compressed key-value cache.
         enable_speculative_decoding: Use and measure speculative decoding.
+        embedding_ratio: What a dense embedding is compressed to after training, to measure that: bytes in
+            bf16 over compressed bytes.
         kv_cache: Kind of compressed cache that is used and measured: int8, k8v4, int4, int4-sinks or fp8.
         drafters: Drafters that are used and measured: suffix, recycling, heads:PATH; the best at each step.
     """
@@ -72,19 +73,17 @@ class Optimizations:
     enable_embedding_compression: bool = True
     enable_kv_cache_optimization: bool = True
     enable_speculative_decoding: bool = True
+    embedding_ratio: float = 3.5
     kv_cache: str = "int8"
     drafters: tuple[str, ...] = ("suffix", "recycling")
 
     def __post_init__(self) -> None:
         check_names([self.kv_cache])
+        if not 1 < self.embedding_ratio < math.inf:
+            raise InputError(f"embedding_ratio is {self.embedding_ratio}, expected more than 1")
         if self.enable_speculative_decoding and not self.drafters:
             raise InputError("drafters is empty, expected one or more, or enable_speculative_decoding: false")
         check_drafters(self.drafters)
-
-
-def plain_loss(model: Transformer, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`Transformer.loss` as it is commonly written, from all logits at once: that of the baselines."""
-    return cross_entropy(model(input_ids), targets)
 
 
 @dataclass(frozen=True)

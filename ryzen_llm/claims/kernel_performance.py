@@ -9,8 +9,10 @@ from typing import Literal
 
 import torch
 from ryzen_callbacks import Claim
+from torch import Tensor
 
-from ryzen_llm.claims.context import ClaimContext, plain_loss
+from ryzen_llm.claims.context import ClaimContext
+from ryzen_llm.kernels import PLAIN
 
 _NAIVE = "naive: eager fp32, PyTorch's attention, all logits at once"
 
@@ -68,9 +70,11 @@ def _claim(
 def _build(context: ClaimContext, recipe: Literal["naive", "strong", "ours"]) -> Callable[[], None]:
     model = copy.deepcopy(context.model).to(context.device).train()
     batch = context.train_batches[0].to(context.device)
-    if recipe == "ours" and context.compile:
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = model.loss
+    if recipe != "ours":
+        model.use_kernels(PLAIN)
+    elif context.compile:
         model.compile_blocks()
-    loss = model.loss if recipe == "ours" else functools.partial(plain_loss, model)
     if recipe == "strong":
         loss = torch.compile(loss)
     bf16 = recipe != "naive" and context.precision == "bf16-mixed"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import torch
 from ryzen_callbacks import Claim
 
-from ryzen_llm.claims.context import ClaimContext, plain_loss
+from ryzen_llm.claims.context import ClaimContext
+from ryzen_llm.kernels import PLAIN
 
 
 def claim(context: ClaimContext) -> Claim:
@@ -28,15 +28,16 @@ def claim(context: ClaimContext) -> Claim:
 @torch.no_grad()
 def _losses(context: ClaimContext, as_trained: bool) -> list[float]:
     model = copy.deepcopy(context.model).to(context.device).eval()
-    if as_trained and context.compile:
+    if not as_trained:
+        model.use_kernels(PLAIN)
+    elif context.compile:
         # Training has used up some of dynamo's 8 compilations of the blocks' code; beyond that it would fall
         # back to eager, and the compiled model would not be what is measured.
         torch._dynamo.reset()
         model.compile_blocks()
     losses = []
-    loss = model.loss if as_trained else functools.partial(plain_loss, model)
     for batch in context.val_batches:
         ids = batch.to(context.device)
         with torch.autocast(context.device.type, enabled=False) if not as_trained else context.autocast():
-            losses.append(float(loss(ids[:, :-1], ids[:, 1:])[0]))
+            losses.append(float(model.loss(ids[:, :-1], ids[:, 1:])[0]))
     return losses

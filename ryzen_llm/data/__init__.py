@@ -2,7 +2,7 @@
 
 from ryzen_llm.data.corpus import Corpus, open_corpus
 from ryzen_llm.data.datamodule import TextDataModule
-from ryzen_llm.data.token_store import TokenStore
+from ryzen_llm.data.token_store import TokenStore, default_cache_dir
 from ryzen_llm.data.tokenizer import SpecialTokens, StreamDecoder, Tokenizer
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "TextDataModule",
     "TokenStore",
     "Tokenizer",
+    "default_cache_dir",
     "open_corpus",
 ]

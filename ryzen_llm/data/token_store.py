@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,11 @@ from ryzen_llm.data.splits import SPLITS, Split, split_of, unit_hash
 from ryzen_llm.data.tokenizer import Tokenizer
 from ryzen_llm.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # A vocabulary learnt on this much text is as good as one learnt on more, and the trainer holds it in memory.
 TRAINING_SAMPLE_BYTES = 32 * 1024 * 1024
+# Read in whole when a store is opened, to find damage within; a larger one is checked by its sizes alone.
+_LARGEST_VERIFIED_BYTES = 256 * 1024 * 1024
 # Encoded at a time: enough to keep all cores busy, little enough to forget about its memory.
 _BATCH_CHARACTERS = 1024 * 1024
 
@@ -65,6 +67,7 @@ class _Meta:
     num_documents: dict[Split, int]
     num_characters: dict[Split, int]
     num_bytes: dict[Split, int]
+    digests: dict[Split, str]
     unigram_entropy: float
     created_by: str
 
@@ -89,6 +92,8 @@ class TokenStore:
             size = (path / f"{split}.bin").stat().st_size
             if size != expected:
                 raise ValueError(f"{split}.bin has {size} bytes, expected {expected}")
+            if size <= _LARGEST_VERIFIED_BYTES and _digest(path / f"{split}.bin") != meta.digests[split]:
+                raise ValueError(f"{split}.bin is not what was written")
         self.path = path
         self.tokenizer = Tokenizer.from_file(path / "tokenizer.json")
         self.key = meta.key
@@ -228,6 +233,7 @@ def _encode(
                 if split == "train":
                     np.add.at(counts, tokens, 1)
                 bars.advance(task, size)
+    digests: dict[Split, str] = {split: _digest(folder / f"{split}.bin") for split in SPLITS}
     probabilities = counts[counts > 0] / max(counts.sum(), 1)
     return _Meta(
         format_version=FORMAT_VERSION,
@@ -238,9 +244,15 @@ def _encode(
         num_documents=num_documents,
         num_characters=num_characters,
         num_bytes=num_bytes,
+        digests=digests,
         unigram_entropy=float(-(probabilities * np.log(probabilities)).sum()),
         created_by=f"ryzen_llm, tokenizers {tokenizers.__version__}",
     )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

@@ -1,10 +1,11 @@
 """How long a draft, and whose, gives the most tokens a second: decided at every step, from measurements."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from statistics import median
 
 from ryzen_llm.decoding.drafters import Draft
 
@@ -58,6 +59,7 @@ class DraftControl:
         self.seconds = dict(seconds)
         self.rates = AcceptanceRates()
         self.costs: dict[str, float] = {}
+        self._latest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._since_asked: dict[str, int] = defaultdict(int)
 
     def passed(self, width: int, seconds: float) -> None:
@@ -67,8 +69,8 @@ class DraftControl:
 
     def proposed(self, name: str, seconds: float) -> None:
         """Take in how long a drafter took for a token of every text."""
-        usual = self.costs.get(name, seconds)
-        self.costs[name] = usual + SMOOTHING * (min(seconds, 2 * usual) - usual)
+        self._latest[name].append(seconds)
+        self.costs[name] = median(self._latest[name])  # the first call may have compiled something
         self._since_asked[name] = 0
 
     def learn(self, name: str, draft: Draft, truth: Sequence[int]) -> None:

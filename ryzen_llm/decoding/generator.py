@@ -68,11 +68,15 @@ class Generator:
         self.cache = cache
         self.compile = compile
         # A copy of the modules around the weights in their decoding dtype; where that is theirs already, the
-        # memory is shared.
-        cast = {
-            id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False) for p in model.parameters()
+        # memory is shared. An embedding in the form that training needs is packed first.
+        embedding = model.embedding.compressed()
+        cast: dict[int, nn.Module] = {
+            id(p): nn.Parameter(p.detach().to(self.dtype), requires_grad=False)  # type: ignore[misc]
+            for p in (*model.parameters(), *embedding.parameters())
         }
+        cast[id(model.embedding)] = embedding = copy.deepcopy(embedding, cast)
         self.model: Transformer = copy.deepcopy(model, cast).eval()
+        self.model.replace_embedding(embedding)
         if weights in KINDS:
             quantise_weights(self.model, weights)
         shared = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}

@@ -1,16 +1,25 @@
 """Linear layers with weights of 8 or 4 bits, for decoding, which reads every weight once a token."""
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import INT4_GROUP, PackedInt4, int4_linear, pack_int4
+from ryzen_llm.kernels.int4_linear import GROUP, PackedInt4, int4_linear, pack_int4
+from ryzen_llm.kernels.linear_on_gpu import (
+    int4_linear_on_gpu,
+    int8_linear_on_gpu,
+    pack_nibbles,
+    unpack_nibbles,
+)
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import DenseEmbedding
 
 MOST_PACKED_ROWS = 64
-"""With more rows than that, int8 weights are cheaper to convert than to multiply as they are."""
+"""With more rows than that, weights are cheaper to convert than to multiply as they are."""
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Int8Linear(nn.Module):
@@ -34,6 +43,8 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and rows.shape[0] <= MOST_PACKED_ROWS:
             y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
+        elif _suits_triton(rows):
+            y = int8_linear_on_gpu(rows, self.codes, self.scale)
         else:
             y = F.linear(rows, self.codes.to(x.dtype)) * self.scale
         return _finish(y, self.bias, x)
@@ -48,10 +59,12 @@ class Int4Linear(nn.Module):
     def __init__(self, linear: nn.Linear, name: str) -> None:
         super().__init__()
         if linear.weight.device.type != "cpu":
-            raise InputError(f"weights int4 need a CPU, not {linear.weight.device.type}: choose int8 or bf16")
-        _require_multiple(name, linear, "in_features", INT4_GROUP, "int4")
+            raise InputError(
+                f"weights int4 need a CPU or CUDA, not {linear.weight.device.type}: choose int8 or bf16"
+            )
+        _require_multiple(name, linear, "in_features", GROUP, "int4")
         _require_multiple(name, linear, "out_features", 16, "int4")
-        groups = linear.weight.detach().float().view(linear.out_features, -1, INT4_GROUP)
+        groups = linear.weight.detach().float().view(linear.out_features, -1, GROUP)
         minimum = groups.amin(-1).bfloat16()
         scale = ((groups.amax(-1) - minimum.float()) / 15).clamp(min=1e-6).bfloat16()
         codes = ((groups - minimum.float()[..., None]) / scale.float()[..., None]).round()
@@ -64,6 +77,38 @@ class Int4Linear(nn.Module):
         """(..., in_features) bf16 -> (..., out_features) bf16."""
         y = int4_linear(x, PackedInt4(self.codes, self.factors))
         return y if self.bias is None else y + self.bias
+
+
+class Int4LinearOnGpu(nn.Module):
+    """weight ≈ (codes - 8) * scale + zero for groups of 32 inputs, two codes a byte, by a Triton kernel.
+
+    Raises InputError for a number of inputs that is no multiple of 32.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        _require_multiple(name, linear, "in_features", GROUP, "int4")
+        groups = linear.weight.detach().float().view(linear.out_features, -1, GROUP)
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = ((high - low) / 15).clamp(min=1e-6).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round() + 8
+        self.codes = nn.Buffer(pack_nibbles(codes.clamp(0, 15).to(torch.uint8).flatten(1)))
+        self.scale, self.zero = nn.Buffer(scale), nn.Buffer(zero)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) bf16 -> (..., out_features) bf16."""
+        rows = x.reshape(-1, x.shape[-1])
+        if _suits_triton(rows):
+            y = int4_linear_on_gpu(rows, self.codes, self.scale, self.zero)
+        else:
+            y = F.linear(rows, unpack_nibbles(self.codes, self.scale, self.zero).to(x.dtype))
+        return _finish(y, self.bias, x)
+
+
+def _suits_triton(rows: Tensor) -> bool:
+    return _HAS_TRITON and rows.is_cuda and rows.shape[0] <= MOST_PACKED_ROWS
 
 
 KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -83,7 +128,9 @@ def quantise_weights(model: Transformer, kind: str) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, KINDS[kind](module, path))
+            on_gpu = kind == "int4" and module.weight.is_cuda
+            build = Int4LinearOnGpu if on_gpu else KINDS[kind]
+            setattr(model.get_submodule(parent), name, build(module, path))
 
 
 def _require_multiple(name: str, linear: nn.Linear, side: str, multiple: int, kind: str) -> None:

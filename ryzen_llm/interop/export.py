@@ -61,6 +61,7 @@ def export_pretrained(
     target = dtype_named(dtype)
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}, expected 1 or more")
+    weights: Iterable[tuple[str, Tensor]]
     if densify or model.config.embedding == "dense":
         config = write_config(model.config) | {"torch_dtype": str(target).removeprefix("torch.")}
         norm_offset = 1.0 if model.config.post_norms else 0.0
@@ -81,7 +82,9 @@ def export_pretrained(
             _write_json(building / GENERATION_CONFIG, stops)
             (building / TOKENIZER).write_text(tokenizer.to_plain_json(), encoding="utf-8")
             _write_json(building / TOKENIZER_CONFIG, _tokenizer_config(model, tokenizer))
-            building.chmod(0o755)  # mkdtemp makes private ones
+            building.chmod(0o755)  # mkdtemp makes private ones, and so does safetensors
+            for file in building.iterdir():
+                file.chmod(0o644)
             os.replace(building, directory)
         finally:
             shutil.rmtree(building, ignore_errors=True)

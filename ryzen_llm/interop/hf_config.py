@@ -241,7 +241,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
     Raises InputError where no architecture of transformers has this combination of options.
     """
-    config = replace(config, embedding="dense")
+    config = replace(config, embedding="dense", embedding_settings=None)
     for model_type in ARCHITECTURES:
         values = _as(model_type, config)
         try:

@@ -30,7 +30,10 @@ _TIED_HEAD = "lm_head.weight"
 
 
 class SafetensorsFiles:
-    """The tensors of a directory's safetensors files (see `TensorSource`), memory-mapped one at a time."""
+    """The tensors of a directory's safetensors files (see `TensorSource`).
+
+    A file is mapped anew for each tensor: the pages that were read are then no longer the process's memory.
+    """
 
     def __init__(
         self, directory: Path, *, tied: bool, norm_offset: float, dtypes: tuple[str, ...] | None = _DTYPES
@@ -38,30 +41,36 @@ class SafetensorsFiles:
         self.where = str(directory)
         self.norm_offset = norm_offset
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for path in _weight_files(directory):
             try:
-                file: Any = safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
-                    piece = file.get_slice(name)
-                    if dtypes is not None and piece.get_dtype() not in dtypes:
-                        raise InputError(
-                            f"{path}: {name[:100]} is of dtype {piece.get_dtype()}, expected "
-                            f"{', '.join(dtypes)}: quantised checkpoints are not supported"
-                        )
-                    if name in self.shapes:
-                        raise InputError(f"{path}: {name[:100]} is in another file of the model too")
-                    self.shapes[name] = tuple(piece.get_shape())
-                    self._files[name] = file
+                self._list_tensors(path, dtypes)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path}: truncated or no safetensors file ({error})") from error
         if tied:  # some files hold the embedding a second time
             self.shapes.pop(_TIED_HEAD, None)
 
+    def _list_tensors(self, path: Path, dtypes: tuple[str, ...] | None) -> None:
+        file: Any
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                piece = file.get_slice(name)
+                if dtypes is not None and piece.get_dtype() not in dtypes:
+                    raise InputError(
+                        f"{path}: {name[:100]} is of dtype {piece.get_dtype()}, expected "
+                        f"{', '.join(dtypes)}: quantised checkpoints are not supported"
+                    )
+                if name in self.shapes:
+                    raise InputError(f"{path}: {name[:100]} is in another file of the model too")
+                self.shapes[name] = tuple(piece.get_shape())
+                self._files[name] = path
+
     def read(self, name: str) -> Tensor:
         """See `TensorSource`."""
         try:
-            tensor: Tensor = self._files[name].get_tensor(name)
+            file: Any
+            with safe_open(self._files[name], framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise InputError(f"{self.where}: {name} cannot be read ({error})") from error
         return tensor

@@ -12,14 +12,14 @@ from ryzen_llm.interop.gguf_model import load_gguf
 from ryzen_llm.interop.hf_directory import CONFIG, load_directory
 from ryzen_llm.interop.weights import dtype_named
 from ryzen_llm.model import Transformer
-from ryzen_llm.training import load_checkpoint, newest_checkpoint
+from ryzen_llm.training import is_sharded, load_checkpoint, newest_checkpoint
 
 
 def load_pretrained(path: str | Path, dtype: str = "fp32") -> tuple[Transformer, Tokenizer]:
     """The model (on the CPU, in eval mode) and tokenizer at `path`.
 
     `path` is a Hugging Face directory (config.json, safetensors, tokenizer.json), a GGUF file, a checkpoint
-    file of this project, or the output directory of a run, of which the newest checkpoint is taken. Nothing
+    of this project, or the output directory of a run, of which the newest checkpoint is taken. Nothing
     in them is executed. The weights become `dtype`, "fp32", "bf16" or "fp16", one tensor at a time: the peak
     is little more than their size. Raises InputError for anything else, for a model with an architecture or
     option that is not supported, and for a damaged file.
@@ -28,7 +28,7 @@ def load_pretrained(path: str | Path, dtype: str = "fp32") -> tuple[Transformer,
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"model {path}: no such file or directory")
-    if path.is_file():
+    if path.is_file() or is_sharded(path):
         return load_gguf(path, target) if path.suffix == ".gguf" else _checkpoint(path, target)
     if (path / CONFIG).is_file():
         return load_directory(path, target)

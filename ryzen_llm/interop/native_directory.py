@@ -15,7 +15,7 @@ from torch import Tensor
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop.fields import Fields
 from ryzen_llm.interop.hf_config import checked_layers
-from ryzen_llm.interop.weights import TensorSource, compare_shapes
+from ryzen_llm.interop.weights import TensorSource, compare_shapes, model_without_memory
 from ryzen_llm.model import ModelConfig, Transformer
 
 MODEL_TYPE = "ryzen_llm"
@@ -48,19 +48,15 @@ def parse_native(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def load_native(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> Transformer:
-    """The model (on the CPU, in eval mode) with the weights of `source`; the embedding's stay as they are.
+    """The model (on the CPU, in eval mode) with the weights of `source` in `dtype`; codes stay as they are.
 
     Raises InputError that lists the tensors that are missing, not expected or of another shape.
     """
-    try:
-        with torch.device("meta"):
-            expected = {name: tuple(t.shape) for name, t in Transformer(config).state_dict().items()}
-    except (RuntimeError, OverflowError, ValueError) as error:
-        raise InputError(f"{source.where}: its sizes make no model ({error})") from error
+    state = model_without_memory(config, source.where).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(expected, source)
-    model = Transformer(config)
-    for name, module in model.named_children():
-        if f"{name}." != _EMBEDDING:
-            module.to(dtype)
-    model.load_state_dict({name: source.read(name) for name in expected})
+    model = Transformer(config).to(dtype)
+    with torch.no_grad():
+        for name, place in model.state_dict().items():
+            place.copy_(source.read(name))
     return model.eval()

@@ -42,11 +42,7 @@ def load_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype) 
     Everything is compared before anything is allocated; then one tensor at a time is read into its place.
     Raises InputError that lists the tensors that are missing, not expected or of another shape.
     """
-    try:
-        with torch.device("meta"):
-            model = Transformer(config).to(dtype)
-    except (RuntimeError, OverflowError, ValueError) as error:
-        raise InputError(f"{source.where}: its sizes make no model ({error})") from error
+    model = model_without_memory(config, source.where).to(dtype)
     compare_shapes({name: tuple(place.shape) for name, place, _ in _places(model)}, source)
     model.to_empty(device="cpu")
     with torch.no_grad():
@@ -54,6 +50,16 @@ def load_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype) 
             tensor = source.read(name)
             place.copy_(tensor + source.norm_offset if is_norm and source.norm_offset else tensor)
     return model.eval()
+
+
+def model_without_memory(config: ModelConfig, where: str) -> Transformer:
+    """A model on the meta device. Raises InputError where sizes are beyond what tensors can have."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (RuntimeError, OverflowError, ValueError, TypeError) as error:  # TypeError: beyond 64 bits
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: its sizes make no model ({reason})") from error
 
 
 def weights_of(model: Transformer, norm_offset: float) -> Iterator[tuple[str, Tensor]]:

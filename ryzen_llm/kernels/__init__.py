@@ -1,41 +1,60 @@
 """Numeric operations on tensors, one file each. Nothing here knows a model."""
 
 from ryzen_llm.kernels.cached_attention import Stored, cached_attention
+from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
+from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
+from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.cross_entropy import cross_entropy
-from ryzen_llm.kernels.geglu import geglu
+from ryzen_llm.kernels.gated import geglu, swiglu
 from ryzen_llm.kernels.hadamard import hadamard, rotate
-from ryzen_llm.kernels.hardware import CpuCaches, CpuFeatures, cpu_caches, cpu_features, supports_bf16
-from ryzen_llm.kernels.int4_linear import GROUP as INT4_GROUP
-from ryzen_llm.kernels.int4_linear import PackedInt4, int4_linear, pack_int4
+from ryzen_llm.kernels.hardware import (
+    CpuCaches,
+    CpuFeatures,
+    cpu_caches,
+    cpu_features,
+    describe_device,
+    supports_bf16,
+)
 from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
+from ryzen_llm.kernels.packed_rows import PackedRows, pack, packed_linear, packed_lookup, unpack
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
 from ryzen_llm.kernels.rotary import apply_rotary, rotary_table
-from ryzen_llm.kernels.swiglu import swiglu
+from ryzen_llm.kernels.rotary_qkv import rotary_qkv
+from ryzen_llm.kernels.workload import Workload
 
 __all__ = [
-    "INT4_GROUP",
+    "AUTOMATIC",
+    "CANDIDATES",
+    "PLAIN",
     "CpuCaches",
     "CpuFeatures",
-    "PackedInt4",
+    "KernelChoices",
+    "PackedRows",
     "RopeScaling",
     "Stored",
+    "Workload",
     "apply_rotary",
     "cached_attention",
     "causal_attention",
+    "chunked_cross_entropy",
     "cpu_caches",
     "cpu_features",
     "cross_entropy",
+    "describe_device",
     "geglu",
     "hadamard",
-    "int4_linear",
     "linear_cross_entropy",
-    "pack_int4",
+    "pack",
+    "packed_linear",
+    "packed_lookup",
     "rms_norm",
+    "rotary_qkv",
     "rotary_table",
     "rotate",
     "supports_bf16",
     "swiglu",
+    "unpack",
     "visible",
 ]

@@ -64,6 +64,32 @@ def cpu_caches() -> CpuCaches:
     return CpuCaches(l1=sizes.get("1"), l2=sizes.get("2"), l3=sizes.get("3"))
 
 
+def describe_device(device: torch.device) -> str:
+    """What matters for the speed of kernels, in a line: instruction sets and caches, or a GPU's sizes."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return (
+            f"{gpu.name}: compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} "
+            f"multiprocessors, {gpu.total_memory >> 20:,} MiB, L2 {gpu.L2_cache_size >> 20} MiB, "
+            f"shared memory {gpu.shared_memory_per_block_optin >> 10} KiB a block"  # type: ignore[attr-defined]
+        )
+    if device.type != "cpu":
+        return device.type
+    features, caches = cpu_features(), cpu_caches()
+    names = {
+        "AVX2": features.avx2,
+        "AVX512": features.avx512,
+        "AVX512-BF16": features.avx512_bf16,
+        "VNNI": features.avx512_vnni,
+        "AMX-BF16": features.amx_bf16,
+        "ARM-BF16": features.arm_bf16,
+    }
+    has = ", ".join(name for name, there in names.items() if there) or "no instruction set that matters here"
+    sizes = {"L1": caches.l1, "L2": caches.l2, "L3": caches.l3}
+    known = ", ".join(f"{level} {size >> 10:,} KiB" for level, size in sizes.items() if size)
+    return f"{features.name or 'CPU'}: {has}; caches {known or 'unknown'}; {torch.get_num_threads()} threads"
+
+
 def supports_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices in hardware; emulated bf16 is slower than fp32, so False."""
     if device.type == "cpu":

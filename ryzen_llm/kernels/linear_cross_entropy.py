@@ -40,6 +40,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
     compiled: bool = False,
+    slab_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``hidden_states @ weight.T`` and how many targets had the largest logit.
 
@@ -50,8 +51,8 @@ def linear_cross_entropy(
     arXiv:2204.02311). Targets equal to `ignore_index` count for nothing; the mean over none is NaN, as in
     PyTorch. Returns the loss, a scalar or with ``reduction="none"`` shaped like `targets`, and a scalar int64
     count. "none" makes the logits a second time in backward. On a CPU, `compiled` has Inductor make one loop
-    of the softmax, for which PyTorch's own ops read the logits seven times. Raises InputError for shapes or
-    settings that do not fit.
+    of the softmax, for which PyTorch's own ops read the logits seven times. `slab_scale` multiplies the
+    memory of a chunk's logits. Raises InputError for shapes or settings that do not fit.
     """
     if weight.dim() != 2 or hidden_states.shape[-1] != weight.shape[1]:
         raise InputError(
@@ -73,13 +74,13 @@ def linear_cross_entropy(
     kept = flat != ignore_index
     labels = torch.where(kept, flat, 0)
     if reduction == "none":
-        losses, predictions = _rows(x, weight, labels, label_smoothing, z_loss, compiled)
+        losses, predictions = _rows(x, weight, labels, label_smoothing, z_loss, compiled, slab_scale)
         loss = torch.where(kept, losses, 0).view(targets.shape)
     else:
         gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         weights = kept.to(torch.promote_types(x.dtype, torch.float32))
         loss, predictions, _, _ = _total(
-            x, weight, labels, weights, label_smoothing, z_loss, compiled, gradients
+            x, weight, labels, weights, label_smoothing, z_loss, compiled, slab_scale, gradients
         )
         if reduction == "mean":
             loss = loss / weights.sum()
@@ -108,11 +109,12 @@ def _total(
     label_smoothing: float,
     z_loss: float,
     compiled: bool,
+    slab_scale: float,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weighted sum of the losses, predictions (rows,), and its gradients by x and weight (else empty)."""
     losses, predictions, dx, dw = _in_chunks(
-        x, weight, targets, row_weights, label_smoothing, z_loss, compiled, gradients
+        x, weight, targets, row_weights, label_smoothing, z_loss, compiled, slab_scale, gradients
     )
     return (losses * row_weights).sum(), predictions, dx, dw
 
@@ -126,6 +128,7 @@ def _total_fake(
     label_smoothing: float,
     z_loss: float,
     compiled: bool,
+    slab_scale: float,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, dw = (t.new_empty(t.shape if gradients else (0,)) for t in (x, weight))
@@ -139,9 +142,9 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 8
+        return (None,) * 9
     dx, dw = ctx.saved_tensors
-    return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), *(None,) * 6
+    return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), *(None,) * 7
 
 
 _total.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -154,16 +157,29 @@ def _flops(x: list[int], weight: list[int], *settings: Any, **_: Any) -> int:
 
 @torch.library.custom_op("ryzen_llm::linear_cross_entropy_rows", mutates_args=())
 def _rows(
-    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, compiled: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    compiled: bool,
+    slab_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The loss of each row and its prediction, (rows,) both."""
     ones = x.new_ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    return _in_chunks(x, weight, targets, ones, label_smoothing, z_loss, compiled, False)[:2]
+    settings = (label_smoothing, z_loss, compiled, slab_scale)
+    return _in_chunks(x, weight, targets, ones, *settings, False)[:2]
 
 
 @_rows.register_fake
 def _rows_fake(
-    x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, compiled: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    compiled: bool,
+    slab_scale: float,
 ) -> tuple[Tensor, Tensor]:
     losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
     return losses, torch.empty_like(targets)
@@ -177,10 +193,10 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _recompute(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 6
+        return (None,) * 7
     x, weight, targets = ctx.saved_tensors
     _, _, dx, dw = _total(x, weight, targets, upstream, *ctx.settings, True)
-    return dx, dw, *(None,) * 4
+    return dx, dw, *(None,) * 5
 
 
 _rows.register_autograd(_recompute, setup_context=_keep_inputs)
@@ -194,6 +210,7 @@ def _in_chunks(
     label_smoothing: float,
     z_loss: float,
     compiled: bool,
+    slab_scale: float,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, vocab = len(x), len(weight)
@@ -203,7 +220,7 @@ def _in_chunks(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients else x.new_empty(0)
     dw = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, wide)) if gradients else None
     softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_compiled if compiled else _softmax_by_pytorch
-    chunk = slab_rows(rows, vocab, x.element_size(), x.device)
+    chunk = slab_rows(rows, vocab, x.element_size(), x.device, slab_scale)
     slab = x.new_empty(chunk, vocab)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
@@ -225,13 +242,13 @@ def _in_chunks(
     return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 
-def slab_rows(rows: int, vocab: int, element_size: int, device: torch.device) -> int:
-    """Rows of logits made at once: half the last-level cache of a CPU, `GPU_SLAB_BYTES` of a GPU.
+def slab_rows(rows: int, vocab: int, element_size: int, device: torch.device, scale: float = 1.0) -> int:
+    """Rows of logits made at once: `scale` times half a CPU's last-level cache, or `GPU_SLAB_BYTES`.
 
     Chunks are of one size, but for the last; fewer than 128 rows would make poor matrix products.
     """
     budget = (cpu_caches().l3 or 2**24) // 2 if device.type == "cpu" else GPU_SLAB_BYTES
-    most = max(budget // (vocab * element_size) // 128 * 128, 128)
+    most = max(int(scale * budget) // (vocab * element_size) // 128 * 128, 128)
     chunks = -(-rows // most)
     return max(-(-rows // max(chunks, 1)), 1)
 

@@ -45,6 +45,7 @@ class ModelConfig:
         local_rope_theta: Base of the rotary embedding in the sliding layers, which then is not stretched; 0
             gives them that of all layers.
         embedding: Kind of embedding, a name in `ryzen_llm.model.embedding`.
+        embedding_settings: The kind's own settings by name; None or those left out have its defaults.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class ModelConfig:
     sliding_layers: tuple[int, ...] = ()
     local_rope_theta: float = 0.0
     embedding: str = "dense"
+    embedding_settings: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -92,6 +94,9 @@ class ModelConfig:
                     raise InputError(f"model.{field.name} is {value!r}, expected a positive number")
             elif field.name in ("nope_layers", "sliding_layers"):
                 self._require_layers(field.name)
+            elif field.name == "embedding_settings":
+                if value is not None and not isinstance(value, dict):
+                    raise InputError(f"model.embedding_settings is {value!r}, expected names and values")
             elif not isinstance(value, field.type):  # type: ignore[arg-type]
                 expected = getattr(field.type, "__name__", str(field.type))
                 raise InputError(f"model.{field.name} is {value!r}, expected a {expected}")

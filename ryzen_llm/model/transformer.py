@@ -4,23 +4,17 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import (
-    apply_rotary,
-    causal_attention,
-    geglu,
-    linear_cross_entropy,
-    rms_norm,
-    rotary_table,
-    swiglu,
-)
+from ryzen_llm.kernels import KernelChoices, Workload, rotary_table
 from ryzen_llm.model.config import ModelConfig
-from ryzen_llm.model.embedding import build_embedding
+from ryzen_llm.model.embedding import Embedding, LinearLoss, build_embedding
 
 
 class RMSNorm(nn.Module):
@@ -30,10 +24,21 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.use_kernels(KernelChoices())
+
+    def use_kernels(self, kernels: KernelChoices) -> None:
+        """Compute with these from now on."""
+        self.add_norm = kernels.function("norm")
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
-        return rms_norm(x, self.weight, self.eps)
+        normed: Tensor = self.add_norm(x, None, self.weight, self.eps)[1]
+        return normed
+
+    def add(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added and its norm, (..., size) all."""
+        total, normed = self.add_norm(x, added, self.weight, self.eps)
+        return total, normed
 
 
 class Attention(nn.Module):
@@ -41,32 +46,42 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        self.q_size = config.num_heads * config.head_dim
-        self.kv_size = config.num_kv_heads * config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.window = config.layer_windows[layer]
         self.rotary = layer not in config.nope_layers
         # Attention itself divides by sqrt(head_dim).
         self.query_scale = math.sqrt(config.head_dim / config.query_pre_attn_scalar)
-        self.qkv_proj = nn.Linear(config.hidden_size, self.q_size + 2 * self.kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.q_size, config.hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.norm_eps = config.rms_norm_eps
+        self.use_kernels(KernelChoices())
+
+    def use_kernels(self, kernels: KernelChoices) -> None:
+        """Compute with these from now on."""
+        self.to_qkv = kernels.function("rotary_qkv")
+        self.causal_attention = kernels.function("attention")
 
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
         """(batch, time, hidden_size) -> the same shape; `cos` and `sin` as from `rotary_table`."""
-        batch, time, _ = hidden_states.shape
-        projected = self.qkv_proj(hidden_states).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q, k, v = (x.view(batch, time, -1, self.head_dim) for x in projected)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.query_scale != 1:
-            q = q * self.query_scale
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self.rotary:
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        context = causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
-        output: Tensor = self.o_proj(context.transpose(1, 2).reshape(batch, time, self.q_size))
+        if not self.rotary:  # turned by no angle
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        q, k, v = self.to_qkv(
+            self.qkv_proj(hidden_states),
+            cos,
+            sin,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            eps=self.norm_eps,
+            query_scale=self.query_scale,
+        )
+        context = self.causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
+        output: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
         return output
 
 
@@ -76,8 +91,13 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.activation = swiglu if config.activation == "silu" else geglu
+        self.activation_op = "swiglu" if config.activation == "silu" else "geglu"
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.use_kernels(KernelChoices())
+
+    def use_kernels(self, kernels: KernelChoices) -> None:
+        """Compute with these from now on."""
+        self.activation = kernels.function(self.activation_op)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., hidden_size)."""
@@ -104,8 +124,8 @@ class Block(nn.Module):
         attended = self.attention(self.attention_norm(hidden_states), cos, sin, cache)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
-        hidden_states = hidden_states + attended
-        transformed = self.mlp(self.mlp_norm(hidden_states))
+        hidden_states, normed = self.mlp_norm.add(hidden_states, attended)
+        transformed = self.mlp(normed)
         if self.mlp_post_norm is not None:
             transformed = self.mlp_post_norm(transformed)
         output: Tensor = hidden_states + transformed
@@ -116,12 +136,16 @@ class Transformer(nn.Module):
     """Token ids in, next-token logits out.
 
     Weights start as in GPT-2: normal with deviation 0.02, the projections back into the residual stream
-    divided by sqrt(2 * num_layers), drawn from torch's global generator.
+    divided by sqrt(2 * num_layers), drawn from torch's global generator. With `checkpoint_activations` set, a
+    training step keeps each block's input only and computes the rest again in backward (Chen et al. 2016,
+    arXiv:1604.06174): less memory for about a third more time. `kernels` are the forms of the ops
+    that it computes with, by rules of thumb until `KernelOptimizer` has measured them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelChoices | None = None) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.embedding = build_embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -136,6 +160,38 @@ class Transformer(nn.Module):
                 )
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.use_kernels(kernels or KernelChoices())
+
+    def use_kernels(self, kernels: KernelChoices) -> None:
+        """Compute with these from now on, in this model only; blocks already compiled compile once more."""
+        self.kernels = kernels
+        for module in self.modules():
+            if isinstance(module, RMSNorm | Attention | MLP):
+                module.use_kernels(kernels)
+
+    def workload(
+        self, batch: int, time: int, bf16: bool, compiled: bool, device: torch.device | None = None
+    ) -> Workload:
+        """What a training step of `batch` sequences of `time` tokens gives the ops, on the model's device or
+        another one.
+        """
+        config = self.config
+        return Workload(
+            device=device or self.norm.weight.device,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+            compiled=compiled,
+            batch=batch,
+            time=time,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            window=min(config.layer_windows),  # 0 where some layers see everything: they cost the most
+            activation=config.activation,
+            qk_norm=config.qk_norm,
+        )
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Logits (batch, time, vocab_size) of the token after each of `input_ids` (batch, time) int64.
@@ -162,6 +218,12 @@ class Transformer(nn.Module):
         `layers` are those of a cache that has given out `positions`. Nothing here depends on a Python number
         that changes from token to token, so the whole of it can be compiled.
         """
+        return self.run_embedded(self.embedding.lookup(input_ids), positions, layers)
+
+    def run_embedded(
+        self, hidden_states: Tensor, positions: Tensor, layers: Sequence[LayerCache] | None = None
+    ) -> Tensor:
+        """`run_blocks` of tokens that have been looked up, (batch, time, hidden_size)."""
         # Computed afresh, not kept in buffers: it is cheap, and `model.to(torch.bfloat16)` cannot round it.
         config = self.config
         rope = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -170,13 +232,15 @@ class Transformer(nn.Module):
             if config.local_rope_theta
             else rope
         )
-        hidden_states = self.embedding.lookup(input_ids)
         if config.scale_embeddings:  # rounded as the weights are: so Gemma was trained
             scale = torch.tensor(math.sqrt(config.hidden_size), dtype=hidden_states.dtype)
             hidden_states = hidden_states * scale
         for index, (block, window) in enumerate(zip(self.blocks, config.layer_windows, strict=True)):
             cos, sin = local_rope if window else rope
-            hidden_states = block(hidden_states, cos, sin, None if layers is None else layers[index])
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden_states = checkpoint(block, hidden_states, cos, sin, None, use_reentrant=False)
+            else:
+                hidden_states = block(hidden_states, cos, sin, None if layers is None else layers[index])
         normed: Tensor = self.norm(hidden_states)
         return normed
 
@@ -197,9 +261,16 @@ class Transformer(nn.Module):
             )
         hidden_states = self.hidden_states(input_ids)
         compiled = self.norm._compiled_call_impl is not None  # by `compile_blocks`
+        loss: LinearLoss = self.kernels.function("loss", compiled)
         if self.head is None:
-            return linear_cross_entropy(*self.embedding.head(hidden_states), targets, compiled=compiled)
-        return linear_cross_entropy(hidden_states, self.head.weight, targets, compiled=compiled)
+            return self.embedding.loss(hidden_states, targets, loss)
+        return loss(hidden_states, self.head.weight, targets)
+
+    def replace_embedding(self, embedding: Embedding) -> None:
+        """Use `embedding` from now on; `config` says so too, so that what is saved can be built again."""
+        self.embedding = embedding
+        settings = embedding.settings or None
+        self.config = replace(self.config, embedding=embedding.kind, embedding_settings=settings)
 
     def compile_blocks(self) -> None:
         """Compile in place, region by region: the blocks share one compilation, and names stay as they are.

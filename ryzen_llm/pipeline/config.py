@@ -29,6 +29,9 @@ ALIASES = {
 }
 """Short names for keys, accepted in files and on the command line."""
 
+PHASES = ("training", "validation", "testing")
+"""Those that can be chosen."""
+
 _DEFAULT_MODEL = "tiny"
 _DESCRIPTION = """Train a language model, measure what the optimisations gain, and write the reports.
 
@@ -59,9 +62,14 @@ class RunOptions:
     Args:
         output_dir: Folder for checkpoints, logs and reports. An earlier run there is moved aside.
         resume: Go on from the newest checkpoint in output_dir.
+        phases: Which of training, validation and testing to run, with commas between; setup and reporting
+            always run. Without training, the reports in output_dir of the phases left out are kept.
+        checkpoint: Without training, the model to measure: a checkpoint, run, Hugging Face directory or .gguf
+            file. If not given, the newest checkpoint in output_dir.
         strict: Exit with status 3 if a verdict is FAIL.
         seed: Seed of the weights and of everything else that is drawn.
         compile: Compile the model's blocks with torch.compile.
+        checkpoint_activations: Compute activations again in backward: less memory, about a third more time.
         checkpoint_every_n_steps: Optimizer steps between checkpoints.
         sample_every_n_steps: Every n-th step is kept in training_metrics_report.json.
         validation_rounds: Paired rounds for each timed claim; 6 or more give an interval.
@@ -70,9 +78,12 @@ class RunOptions:
 
     output_dir: str = "runs/default"
     resume: bool = False
+    phases: str = ",".join(PHASES)
+    checkpoint: str | None = None
     strict: bool = False
     seed: int = 0
     compile: bool = True
+    checkpoint_activations: bool = False
     checkpoint_every_n_steps: int = 100
     sample_every_n_steps: int = 100
     validation_rounds: int = 12
@@ -86,6 +97,18 @@ class RunOptions:
             raise InputError(f"seed is {self.seed}, expected zero or more")
         if not self.prompt:
             raise InputError("prompt is empty, expected the beginning of a text")
+        for name in self.phases.split(","):
+            if name not in ("setup", *PHASES, "reporting"):
+                raise InputError(f"phases has {name!r}, expected some of {', '.join(PHASES)}")
+        if self.checkpoint is not None and self.runs("training"):
+            raise InputError(
+                "checkpoint is given, but it is for --phases without training: to train on from it use "
+                "--model.init_from, to go on with a run --resume"
+            )
+
+    def runs(self, phase: str) -> bool:
+        """Whether `phase` is one of those to run."""
+        return phase in self.phases.split(",")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ryzen_llm.interop import load_pretrained, render_chat
 from ryzen_llm.kernels import supports_bf16
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.orchestrator import Orchestrator
-from ryzen_llm.pipeline.report import Accuracy
+from ryzen_llm.pipeline.report import Accuracy, Kernels
 from ryzen_llm.pipeline.training import train
 from ryzen_llm.selftest import IntegrationTestRunner
 from ryzen_llm.training import DraftHeadsModule, TargetTextModule, Turns
@@ -41,6 +41,8 @@ class DrafterOrchestrator(Orchestrator):
     def _build(self) -> tuple[int | None, str]:
         options, data = self.config.drafter, self.config.data
         assert options.target is not None
+        if not self.config.options.runs("training"):
+            raise InputError("phases has no training, which drafter.target is about: leave one of them out")
         target, self.tokenizer = load_pretrained(options.target)
         writer = copy.deepcopy(target).bfloat16() if supports_bf16(torch.device("cpu")) else target
         cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
@@ -66,6 +68,9 @@ class DrafterOrchestrator(Orchestrator):
             f"parameters for {len(vocabulary):,} tokens of {Path(options.target).name}"
         )
 
+    def _choose_kernels(self, device: torch.device, precision: str) -> None:
+        self.kernels = Kernels(reason="draft heads are trained with the plain ops")
+
     def _check_resumable(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         known = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
@@ -76,7 +81,9 @@ class DrafterOrchestrator(Orchestrator):
         train(self.trainer, self.module, self.texts, self.resume_from)
         measured = self.trainer.callback_metrics
         self.accuracy = Accuracy(
-            val_loss=float(measured["val_loss"]), val_accuracy=float(measured["val_accuracy"])
+            val_loss=float(measured["val_loss"]),
+            val_accuracy=float(measured["val_accuracy"]),
+            unigram_entropy=self.texts.unigram_entropy,
         )
         self.module.heads.save(self.output_dir / HEADS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -25,11 +26,19 @@ from ryzen_llm.claims import ClaimContext, build_claims
 from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
+from ryzen_llm.kernels import PLAIN, describe_device
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.config import RunConfig
-from ryzen_llm.pipeline.html_report import write_html_report
+from ryzen_llm.pipeline.earlier import Earlier, read_earlier
 from ryzen_llm.pipeline.output_dir import claim_output_dir
-from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
+from ryzen_llm.pipeline.pages import (
+    RunResults,
+    read_training_report,
+    write_html_report,
+    write_markdown_report,
+)
+from ryzen_llm.pipeline.recommendations import recommend
+from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Kernels, Phase
 from ryzen_llm.pipeline.screen import show_summary
 from ryzen_llm.pipeline.training import (
     CHECKPOINTS,
@@ -40,12 +49,20 @@ from ryzen_llm.pipeline.training import (
     train,
 )
 from ryzen_llm.selftest import IntegrationTestReport, IntegrationTestRunner
-from ryzen_llm.training import LanguageModule, check_resumable, choose_precision, newest_checkpoint
+from ryzen_llm.training import (
+    KernelOptimizer,
+    LanguageModule,
+    check_resumable,
+    choose_precision,
+    newest_checkpoint,
+    whole_state_dict,
+)
 
 VALIDATION_REPORT = "validation_report.json"
 TEST_REPORT = "integration_test_report.json"
 FINAL_REPORT = "phase2_final_report.json"
 HTML_REPORT = "report.html"
+MARKDOWN_REPORT = "report.md"
 _SAMPLE_TOKENS = 120
 
 
@@ -66,8 +83,11 @@ class Orchestrator:
         self.phases: list[Phase] = []
         self.validation: ValidationReport | None = None
         self.tests: IntegrationTestReport | None = None
+        self.kernels = Kernels(reason="setup did not finish")
         self.accuracy = Accuracy(reason="training did not finish")
         self.sample: str | None = None
+        self.checkpoint: str | None = None
+        self.earlier = Earlier()
         # Under DDP, Lightning starts this script once a process: the others train, this one does the rest.
         self._leads = rank_zero_only.rank == 0  # type: ignore[attr-defined]
         self.console.quiet = not self._leads
@@ -79,11 +99,11 @@ class Orchestrator:
         """
         with ExitStack() as held:
             self._set_up(held)
-            self._phase("training", self._train, needs="setup")
+            self._phase("training", self._train)
             if not self._leads:
                 return self._final_report()
-            self._phase("validation", self._validate, needs="training")
-            self._phase("testing", self._test, needs="training")
+            self._phase("validation", self._validate)
+            self._phase("testing", self._test)
             return self._report()
 
     def _set_up(self, held: ExitStack) -> None:
@@ -94,6 +114,7 @@ class Orchestrator:
             raise InputError("data.val_fraction is 0, expected more: claims are measured on that text")
         device = _device(self.config.trainer.get("accelerator", "auto"))
         precision, why = choose_precision(self.config.trainer.get("precision"), device)
+        trains = options.runs("training")
         seed_everything(options.seed, verbose=False)
         flops_per_token, what = self._build()
         try:
@@ -101,11 +122,12 @@ class Orchestrator:
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         if self._leads:
-            held.enter_context(claim_output_dir(self.output_dir, options.resume))
-        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if options.resume else None
+            held.enter_context(claim_output_dir(self.output_dir, keep=options.resume or not trains))
+        resumes = options.resume and trains
+        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if resumes else None
         if self.resume_from:
             self._check_resumable(self.resume_from)
-        if options.resume:
+        if resumes:
             where = (
                 f"from {self.resume_from.name}" if self.resume_from else "from the start: no checkpoint yet"
             )
@@ -114,22 +136,49 @@ class Orchestrator:
             f"{escape(what)}; {device.type} ({why}): {precision}; "
             f"torch.compile {'on' if options.compile else 'off'}"
         )
+        self._choose_kernels(device, precision)
         if self._leads:
-            for name in (VALIDATION_REPORT, TEST_REPORT, FINAL_REPORT, HTML_REPORT):
-                (self.output_dir / name).unlink(missing_ok=True)  # of the attempt that this one goes on from
+            self._clear_reports()
         self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
+
+    def _choose_kernels(self, device: torch.device, precision: str) -> None:
+        """Have the model use the forms of its ops that are fastest here."""
+        self.kernels = Kernels(device=describe_device(device))
+        self.console.print(escape(str(self.kernels.device)))
+        if not self.config.optimizations.enable_kernel_optimization:
+            self.kernels.reason = "switched off by enable_kernel_optimization: false"
+            self.module.model.use_kernels(PLAIN)
+            return
+        optimizer = KernelOptimizer(
+            self.module.model,
+            self.config.data.batch_size,
+            self.config.data.context,
+            bf16=precision == "bf16-mixed",
+            compile=self.config.options.compile,
+            device=device,
+            cache_dir=self.config.data.cache_dir,
+        )
+        with self.console.status("measuring kernels") as status:
+            self.kernels.choices = optimizer.optimize(
+                lambda op, done, total: status.update(f"measuring kernels: {op} ({done + 1} of {total})")
+            )
+        chosen = ", ".join(f"{choice.op}: {choice.choice}" for choice in self.kernels.choices)
+        self.console.print(f"kernels: {escape(chosen)}")
 
     def _build(self) -> tuple[int | None, str]:
         """Make what is trained and its data; returns FLOPs a token, and both in words."""
         data = self.config.data
-        initial = self._initial_model()
+        trains = self.config.options.runs("training")
+        initial = self._initial_model() if trains else self._model_to_measure()
         data.prepare_data()
         self.module = LanguageModule(
             initial or self.config.model_config(data.tokenizer.vocab_size),
             self.config.optimizer,
-            compile=self.config.options.compile,
+            compile=self.config.options.compile and trains,
+            checkpoint_activations=self.config.options.checkpoint_activations,
         )
         model = self.module.model
+        self.weights = model.state_dict()
         return model.flops_per_token(data.context), (
             f"{data.store.corpus}: {data.num_tokens('train'):,} training tokens; "
             f"model {self.config.model_name} with {model.num_parameters():,} parameters"
@@ -137,9 +186,37 @@ class Orchestrator:
 
     def _initial_model(self) -> Transformer | None:
         """The model to start from, whose tokenizer becomes that of the data; None where none is given."""
-        path = self.config.init_from
+        return self._load(self.config.init_from) if self.config.init_from else None
+
+    def _model_to_measure(self) -> Transformer:
+        """The model for the phases after training, where this call does not train."""
+        inside = newest_checkpoint(self.output_dir / CHECKPOINTS)
+        path = self.config.options.checkpoint or inside or self.config.init_from
         if path is None:
-            return None
+            raise InputError(
+                f"phases has no training, and {self.output_dir} holds no checkpoint: give --checkpoint, "
+                "or an output_dir with a run in it"
+            )
+        path = Path(path).expanduser().absolute()
+        if inside and path not in (inside, self.output_dir):
+            raise InputError(
+                f"checkpoint {path}: output_dir {self.output_dir} holds a run whose newest checkpoint is "
+                f"{inside.name}; its reports are about that one: choose another output_dir"
+            )
+        self.checkpoint = str(inside.relative_to(self.output_dir) if inside else path)
+        self.accuracy = Accuracy(reason="neither training nor validation is in --phases")
+        if not inside or self.config.init_from:
+            return self._load(str(inside or path))
+        model, tokenizer = load_pretrained(inside)
+        self.config.check_initial(str(inside), model.config)
+        # The store that training made is opened again, not a second one with the same tokenizer given.
+        if tokenizer.to_json() != self.config.data.tokenizer.to_json():
+            raise InputError(
+                f"{inside} was trained with another tokenizer than the data here give: use the run's {CONFIG}"
+            )
+        return model
+
+    def _load(self, path: str) -> Transformer:
         model, self.config.data.given_tokenizer = load_pretrained(path)
         self.config.check_initial(path, model.config)
         return model
@@ -147,11 +224,40 @@ class Orchestrator:
     def _check_resumable(self, checkpoint: Path) -> None:
         check_resumable(checkpoint, self.module.model.config, self.config.data)
 
-    def _phase(self, name: str, work: Callable[[], None], needs: str) -> None:
-        needed = next(phase for phase in self.phases if phase.name == needs)
-        if needed.status != "done":
+    def _clear_reports(self) -> None:
+        """Remove the reports of an earlier call, so that they are not taken for this one's.
+
+        Without training, those that are about the same weights and that this call does not make anew stay.
+        """
+        options = self.config.options
+        final, validation, tests = (
+            self.output_dir / name for name in (FINAL_REPORT, VALIDATION_REPORT, TEST_REPORT)
+        )
+        if self.checkpoint is not None:
+            self.earlier = read_earlier(final, validation, tests, self.checkpoint)
+        kept: set[Path] = set()
+        if self.earlier.final is not None:
+            self.accuracy, self.sample = self.earlier.final.accuracy, self.earlier.final.sample
+            if not options.runs("validation"):
+                self.validation = self.earlier.validation
+                kept.add(validation)
+            if not options.runs("testing"):
+                self.tests = self.earlier.tests
+                kept.add(tests)
+        pages = (self.output_dir / name for name in (HTML_REPORT, MARKDOWN_REPORT))
+        for path in {final, validation, tests, *pages} - kept:
+            path.unlink(missing_ok=True)
+
+    def _phase(self, name: str, work: Callable[[], None]) -> None:
+        options = self.config.options
+        if not options.runs(name):
+            self.phases.append(self.earlier.phase(name))
+            return
+        # The model comes from training, or from a checkpoint, which setup has read.
+        training = next((phase for phase in self.phases if phase.name == "training"), None)
+        if training is not None and options.runs("training") and training.status != "done":
             self.phases.append(
-                Phase(name=name, status="skipped", duration_s=None, error=f"{needs} {needed.status}")
+                Phase(name=name, status="skipped", duration_s=None, error=f"training {training.status}")
             )
             return
         self.console.rule(name)
@@ -166,7 +272,8 @@ class Orchestrator:
             if name == "training" and isinstance(caught, InputError):
                 raise  # the checkpoint to resume from does not fit the data
             status, error = "failed", traceback.format_exc()
-            self.console.print(f"[red]{name} failed:[/red] {escape(str(caught))}")
+            message = " ".join([str(caught), *getattr(caught, "__notes__", [])])
+            self.console.print(f"[red]{name} failed:[/red] {escape(message)}")
         self.phases.append(
             Phase(name=name, status=status, duration_s=time.perf_counter() - started, error=error)
         )
@@ -178,13 +285,33 @@ class Orchestrator:
             (measured,) = self.trainer.validate(self.module, datamodule=data, verbose=False)
             initial_val_loss = measured["val_loss"]
             self.console.print(f"validation loss before training: {initial_val_loss:.3f} nats per token")
-        train(self.trainer, self.module, data, self.resume_from)
+        try:
+            train(self.trainer, self.module, data, self.resume_from)
+        except RuntimeError as error:
+            if self.trainer.world_size > 1:  # the error does not say which process is gone
+                error.add_note(
+                    f"One of the {self.trainer.world_size} processes may have ended: see what it printed, "
+                    "and go on from the last checkpoint with --resume."
+                )
+            raise
         if "val_loss" not in self.trainer.callback_metrics:  # a finished run, resumed: nothing was left to do
             self.trainer.validate(self.module, datamodule=data, verbose=False)
-        final = self.trainer.callback_metrics
+        self.checkpoint = f"{CHECKPOINTS}/step={self.trainer.global_step}.ckpt"
+        self.weights = whole_state_dict(self.module.model)  # by all processes together
         not_measured = (
             "the run was resumed" if self.config.init_from else "training started from random weights"
         )
+        if self._leads:
+            self._evaluate(initial_val_loss, not_measured)
+
+    def _evaluate(self, initial_val_loss: float | None, not_measured: str) -> None:
+        """Take the validation loss that the Trainer has just measured, and a sample of the model's text."""
+        data, final = self.config.data, self.trainer.callback_metrics
+        if not math.isfinite(final["val_loss"]):
+            raise RuntimeError(
+                f"the validation loss is {float(final['val_loss'])}, the weights are of no use; "
+                f"{TRAINING_REPORT} has the step where it began: lower the learning rate or look at its data"
+            )
         self.accuracy = Accuracy(
             val_loss=float(final["val_loss"]),
             val_accuracy=float(final["val_accuracy"]),
@@ -202,8 +329,8 @@ class Orchestrator:
 
     def _trained_model(self) -> Transformer:
         """The trained weights in a model that is not compiled."""
-        model = Transformer(self.module.model.config)
-        model.load_state_dict(self.module.model.state_dict())
+        model = Transformer(self.module.model.config, self.module.model.kernels)
+        model.load_state_dict(self.weights)
         return model.eval()
 
     def _batches(self, split: Literal["train", "val"], count: int) -> list[Tensor]:
@@ -228,6 +355,10 @@ class Orchestrator:
         )
 
     def _validate(self) -> None:
+        if not self.config.options.runs("training"):
+            self.trainer.loggers = []  # the curves are training's
+            self.trainer.validate(self.module, datamodule=self.config.data, verbose=False)
+            self._evaluate(None, "this call did not train")
         with Progress(console=self.console, transient=True) as progress:
             bars: dict[str, TaskID] = {}
 
@@ -266,16 +397,21 @@ class Orchestrator:
         report = self._final_report()
         reporting = report.phases[-1]
         try:
-            write_html_report(
-                self.output_dir / HTML_REPORT, report, self.validation, self.output_dir / TRAINING_REPORT
-            )
+            training = read_training_report(self.output_dir / TRAINING_REPORT)
+            run = RunResults(report, self.validation, self.tests, training)
+            write_html_report(self.output_dir / HTML_REPORT, run)
+            write_markdown_report(self.output_dir / MARKDOWN_REPORT, run)
         except Exception as caught:
             reporting.status, reporting.error = "failed", traceback.format_exc()
             report.status = "failed"
-            del report.artifacts["html"]
+            del report.artifacts["html"], report.artifacts["markdown"]
             self.console.print(f"[red]reporting failed:[/red] {escape(str(caught))}")
         reporting.duration_s = time.perf_counter() - started
-        write_json(self.output_dir / FINAL_REPORT, report.model_dump())
+        try:
+            write_json(self.output_dir / FINAL_REPORT, report.model_dump())
+        except OSError as error:  # a full disk: what was measured is on the screen at least
+            report.status = "failed"
+            self.console.print(f"[red]{FINAL_REPORT} cannot be written:[/red] {escape(str(error))}")
         show_summary(self.console, report, self.output_dir)
         return report
 
@@ -292,7 +428,9 @@ class Orchestrator:
             )
             for result in results
         }
-        statuses = {phase.status for phase in self.phases}
+        # Of this call: how training ended once is told in its phase, and no fault of a later one.
+        ran = self.config.options.runs
+        statuses = {phase.status for phase in self.phases if phase.name == "setup" or ran(phase.name)}
         status: Literal["done", "failed", "interrupted"] = "done"
         if "failed" in statuses:
             status = "failed"
@@ -303,37 +441,28 @@ class Orchestrator:
             "validation": VALIDATION_REPORT,
             "tests": TEST_REPORT,
             "html": HTML_REPORT,
+            "markdown": MARKDOWN_REPORT,
             "tensorboard": TENSORBOARD,
             "checkpoints": CHECKPOINTS,
             "config": CONFIG,
         }
         return FinalReport(
             status=status,
+            checkpoint=self.checkpoint,
             phases=[*self.phases, Phase(name="reporting", status="done", duration_s=None)],
             optimizations=components,
+            kernels=self.kernels,
             e2e_speedup=components.get("end_to_end"),
             accuracy=self.accuracy,
             tests=self.tests.summary.model_dump() if self.tests else None,
             sample=self.sample,
-            recommendations=_recommendations(components),
+            recommendations=recommend(results),
             artifacts={
-                key: name for key, name in names.items() if key == "html" or (self.output_dir / name).exists()
+                key: name
+                for key, name in names.items()
+                if key in ("html", "markdown") or (self.output_dir / name).exists()
             },
         )
-
-
-def _recommendations(components: dict[str, Component]) -> list[str]:
-    """What the verdicts say to do; nothing where nothing was measured."""
-    advice = {
-        "FAIL": "{name} misses its threshold here: {message}",
-        "WARNING": "{name} is inconclusive here; more rounds (--validation_rounds) on a "
-        "quiet machine may settle it",
-    }
-    return [
-        advice[component.status].format(name=name, message=component.message)
-        for name, component in components.items()
-        if component.status in advice
-    ]
 
 
 def _device(accelerator: str) -> torch.device:

@@ -13,10 +13,10 @@ from ryzen_llm.errors import InputError
 
 
 @contextmanager
-def claim_output_dir(path: Path, resume: bool) -> Iterator[None]:
+def claim_output_dir(path: Path, keep: bool) -> Iterator[None]:
     """Make `path` ready for a run, and keep other runs out of it until the context is left.
 
-    Without `resume`, what an earlier run left there moves to the first free of `path-1`, `path-2`, ...:
+    Without `keep`, what an earlier run left there moves to the first free of `path-1`, `path-2`, ...:
     nothing is overwritten. Raises InputError where the folder cannot be written, is no folder, or another run
     has it.
     """
@@ -32,16 +32,16 @@ def claim_output_dir(path: Path, resume: bool) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
-        _prepare(path, resume)
+        _prepare(path, keep)
         yield
     finally:
         Path(lock.lock_file).unlink()
         lock.release()
 
 
-def _prepare(path: Path, resume: bool) -> None:
+def _prepare(path: Path, keep: bool) -> None:
     try:
-        if not resume and path.is_dir() and any(path.iterdir()):
+        if not keep and path.is_dir() and any(path.iterdir()):
             number = 1
             while (aside := path.with_name(f"{path.name}-{number}")).exists():
                 number += 1

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ryzen_llm.training import OpChoice
+
 PhaseStatus = Literal["done", "failed", "interrupted", "skipped"]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class Phase(_Part):
@@ -47,13 +49,25 @@ class Accuracy(_Part):
     """Why a figure is None."""
 
 
+class Kernels(_Part):
+    """The form chosen for each op and all that were measured; without any, `reason` says why."""
+
+    device: str | None = None
+    """Instruction sets and caches, or a GPU's properties."""
+    choices: list[OpChoice] = []
+    reason: str | None = None
+
+
 class FinalReport(_Part):
     """The report of the whole run."""
 
     schema_version: int = 1
     status: Literal["done", "failed", "interrupted"]
+    checkpoint: str | None = None
+    """The weights that everything below is about; within the output directory where they lie there."""
     phases: list[Phase]
     optimizations: dict[str, Component]
+    kernels: Kernels = Kernels(reason="setup did not finish")
     e2e_speedup: Component | None
     accuracy: Accuracy
     tests: dict[str, Any] | None

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,7 +15,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
 from ryzen_callbacks.atomic_file import write_text
 
+from ryzen_llm.pipeline.bursts import SpeedBursts
 from ryzen_llm.pipeline.config import RunConfig
+from ryzen_llm.pipeline.dashboard import Dashboard
+from ryzen_llm.training import ShardedStrategy
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -36,6 +40,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     callbacks: list[Callback] = [
+        SpeedBursts(),  # before the collector, which takes up what it logs
         TrainingMetricsCollector(
             output_dir / TRAINING_REPORT,
             sample_every_n_steps=config.options.sample_every_n_steps,
@@ -43,6 +48,7 @@ def build_trainer(
             metadata={"model": config.model_name},
         ),
         AnomalyDetector(),
+        Dashboard(yaml.safe_load(config.text)),
         ModelCheckpoint(
             output_dir / CHECKPOINTS,
             filename="{step}",
@@ -64,6 +70,9 @@ def build_trainer(
         "precision": precision,
         "enable_progress_bar": show_progress,
         "enable_model_summary": False,
+        "strategy": ShardedStrategy() if config.trainer["strategy"] == "fsdp" else config.trainer["strategy"],
+        # Measuring is one process's work, also where several have trained.
+        **({} if config.options.runs("training") else {"strategy": "auto", "devices": 1, "num_nodes": 1}),
         "inference_mode": False,  # its tensors could not be trained on after a validation before training
     }
     return Trainer(

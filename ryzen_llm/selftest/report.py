@@ -14,7 +14,7 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class TestResult(_Part):

@@ -13,22 +13,26 @@ from ryzen_llm.data import TextDataModule, Tokenizer
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.training.language_module import CHECKPOINT_FORMAT, CHECKPOINT_KEY
+from ryzen_llm.training.sharded import read_sharded
 
 _MODEL_PREFIX = "model."
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of this project, on the CPU.
+    """The content of a checkpoint of this project, on the CPU; a sharded one without optimizer states.
 
     Raises InputError for a file that is missing, truncated, holds anything but tensors and plain types, or
     was not written by this project.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"checkpoint {path}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a foreign pickle's protocol; the error says enough
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            if path.is_dir():
+                content = read_sharded(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"checkpoint {path}: not a plain checkpoint, refused ({_first_line(error)}); expected a "

@@ -13,6 +13,8 @@ from ryzen_llm.kernels import linear_cross_entropy
 from ryzen_llm.model import Transformer
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
 
+IGNORED = -100
+
 Batch = tuple[Tensor, Tensor, Tensor]
 """As `TargetTextModule` gives them: ids and which of them the model chose, (batch, time), hidden states."""
 
@@ -43,8 +45,8 @@ class DraftHeadsModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.heads = DraftHeads(heads, vocabulary)
-        self._target = [target.eval().requires_grad_(False)]  # in a list, it is none of this module's parts
-        index = torch.full((target.config.vocab_size,), -100)
+        self._target = [target.eval()]  # in a list, it is none of this module's parts
+        index = torch.full((target.config.vocab_size,), IGNORED)
         index[vocabulary] = torch.arange(len(vocabulary))
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("rows", output_rows(target, vocabulary).clone(), persistent=False)
@@ -79,8 +81,12 @@ class DraftHeadsModule(pl.LightningModule):
             states = self.heads(states[:, : time - 2 - d], embedded[:, 1 + d : time - 1])
             chosen = own[:, 2 + d :] & own[:, 1 : time - 1 - d]
             truth = self.index[ids[:, 2 + d :]]
-            loss, _ = linear_cross_entropy(states[chosen], self.rows.to(states.dtype), truth[chosen])
-            losses.append(loss)
+            labels = truth[chosen]
+            loss, _ = linear_cross_entropy(
+                states[chosen], self.rows.to(states.dtype), labels, reduction="sum"
+            )
+            # Of none, where a batch holds no answer whose tokens can be drafted, the mean would be NaN.
+            losses.append(loss / (labels != IGNORED).sum().clamp(min=1))
             if not self.training:
                 guess = torch.nn.functional.linear(states, self.rows.to(states.dtype)).argmax(-1)
                 right.append(((guess == truth) & chosen)[:, : time - 1 - depth])

@@ -47,7 +47,7 @@ def write_texts(
     *,
     texts: int,
     length: int,
-    longest_question: int = 64,
+    longest_question: int,
     seed: int = 0,
     on_token: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -173,6 +173,7 @@ class TargetTextModule(pl.LightningDataModule):
                     self.turns,
                     texts=WRITTEN_AT_ONCE,
                     length=self.length,
+                    longest_question=min(64, self.length // 4),
                     seed=self.seed + part,
                 )
                 temporary = self._file(part).with_suffix(".part")
@@ -191,6 +192,13 @@ class TargetTextModule(pl.LightningDataModule):
         ids, own, _ = self.train.tensors
         counts = ids[own].bincount(minlength=self.model.config.vocab_size)
         return counts.topk(min(size, len(counts))).indices.sort().values
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Of the tokens of answers, in nats: what a guess by frequency alone would lose at each."""
+        ids, own, _ = self.train.tensors
+        shares = ids[own].bincount() / own.sum()
+        return float(torch.special.entr(shares).sum())
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled batches."""

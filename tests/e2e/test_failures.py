@@ -55,6 +55,7 @@ def assert_reports_of_ten_steps(output_dir: Path, status: str) -> None:
         "val_loss": None,
         "val_accuracy": None,
         "unigram_entropy": None,
+        "initial_val_loss": None,
         "reason": "training did not finish",
     }
     assert (final["optimizations"], final["e2e_speedup"], final["tests"], final["sample"]) == (
@@ -71,7 +72,7 @@ def assert_reports_of_ten_steps(output_dir: Path, status: str) -> None:
     page = (output_dir / "report.html").read_text("utf-8")
     assert f"run {status}" in page
     assert "No claim was measured" in page
-    assert set(final["artifacts"]) == {"training", "html", "tensorboard", "checkpoints", "config"}
+    assert set(final["artifacts"]) == {"training", "html", "markdown", "tensorboard", "checkpoints", "config"}
     assert all((output_dir / name).exists() for name in final["artifacts"].values())
 
 

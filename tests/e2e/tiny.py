@@ -10,7 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jsonschema
+
 ROOT = Path(__file__).parents[2]
+SCHEMAS = ROOT / "docs" / "schemas"
 
 MODEL = {
     "hidden_size": 16,
@@ -103,5 +106,10 @@ def load_script(name: str) -> ModuleType:
 
 
 def report(output_dir: Path, name: str) -> Any:
-    """A JSON report of a run."""
-    return json.loads((output_dir / f"{name}.json").read_text(encoding="utf-8"))
+    """A JSON report of a run, found valid against its published schema."""
+    content, schema = (
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in (output_dir / f"{name}.json", SCHEMAS / f"{name}.schema.json")
+    )
+    jsonschema.validate(content, schema)
+    return content

@@ -15,19 +15,20 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ryzen_llm.decoding.drafters.base import Draft, Drafter, DraftSession, Step
-from ryzen_llm.decoding.weights import Int4Linear
+from ryzen_llm.decoding.weights import GROUP, Int4Linear
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import INT4_GROUP, rms_norm, swiglu
+from ryzen_llm.kernels import rms_norm, swiglu
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
 
 CONFIDENCE_LEVELS = 8
+_MOST = {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "depth": 16}
 FORMAT = "ryzen-llm draft heads 1"
 
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    """Shape of `DraftHeads`. Raises InputError for a number below 1.
+    """Shape of `DraftHeads`. Raises InputError for a number out of range.
 
     Attributes:
         hidden_size: The model's.
@@ -41,8 +42,8 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if type(value) is not int or value < 1:
-                raise InputError(f"draft heads: {name} is {value!r}, expected 1 or more")
+            if type(value) is not int or not 1 <= value <= _MOST[name]:
+                raise InputError(f"draft heads: {name} is {value!r}, expected 1 to {_MOST[name]}")
 
 
 class DraftHeads(nn.Module):
@@ -103,7 +104,10 @@ class DraftHeads(nn.Module):
             if metadata.get("format") != FORMAT:
                 raise InputError(f"draft heads {path}: something else; train them with train_drafter.yaml")
             config: dict[str, Any] = json.loads(metadata["config"])
-            heads = cls(HeadsConfig(**config), tensors["vocabulary"])
+            vocabulary = tensors["vocabulary"]
+            if vocabulary.dtype != torch.int64 or vocabulary.dim() != 1 or int(vocabulary.min()) < 0:
+                raise ValueError("the vocabulary is no list of ids")
+            heads = cls(HeadsConfig(**config), vocabulary)
             heads.load_state_dict(tensors)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise InputError(f"draft heads {path}: damaged ({' '.join(str(error).split())[:200]})") from error
@@ -140,6 +144,8 @@ class HeadsDrafter(Drafter):
             draft.quantise()
         draft.embedding = model.embedding
         self._run = torch.compile(draft, fullgraph=True, dynamic=False) if compile else draft
+        with torch.inference_mode():  # compiles, before anyone takes the time
+            self.draft(weight.new_zeros(config.hidden_size), int(vocabulary[0]))
 
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
         """See `Drafter.begin`."""
@@ -180,7 +186,7 @@ class _Unrolled(nn.Module):
         """Where the sizes suit."""
         for parent, name in ((self.heads, "w_in"), (self.heads, "w_out"), (self, "rows")):
             linear = getattr(parent, name)
-            if linear.in_features % INT4_GROUP == 0 and linear.out_features % 16 == 0:
+            if linear.in_features % GROUP == 0 and linear.out_features % 16 == 0:
                 setattr(parent, name, Int4Linear(linear, name))
 
     def forward(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """Each part on its own."""
 
+import copy
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,19 +10,54 @@ from ryzen_callbacks import Claim, OptimizationValidator, TrainingMetricsCollect
 
 from ryzen_llm.cache import build_cache
 from ryzen_llm.decoding import Generator, SpeculativeDecoder
+from ryzen_llm.kernels import CANDIDATES, PLAIN
 from ryzen_llm.selftest.trained import Trained
+from ryzen_llm.training import EmbeddingCompressor, KernelOptimizer
 
 
-def test_kernel_optimizer_initialization() -> None:
-    pytest.skip("KernelOptimizer is not built yet")
+def test_kernel_optimizer_initialization(trained: Trained, tmp_path: Path) -> None:
+    """It chooses for every op of the model, changes no weight, and finds its choices again."""
+    model = copy.deepcopy(trained.model)
+    batch, time = trained.prompt.shape
+    choices = KernelOptimizer(model, batch, time, compile=False, cache_dir=tmp_path).optimize()
+    assert {choice.op for choice in choices} >= {"attention", "norm", "rotary_qkv", "loss"}
+    for choice in choices:
+        assert getattr(model.kernels, choice.op) == choice.choice
+        assert choice.choice in CANDIDATES[choice.op], choice.reason
+    assert model.content_hash() == trained.model.content_hash()
+    again = KernelOptimizer(model, batch, time, compile=False, cache_dir=tmp_path).optimize()
+    assert [c.choice for c in again] == [c.choice for c in choices]
+    assert not any(choice.measured_now for choice in again)
 
 
-def test_kernel_optimizer_compilation() -> None:
-    pytest.skip("KernelOptimizer is not built yet")
+def test_kernel_optimizer_compilation(trained: Trained) -> None:
+    """The model as it trained, compiled block by block, gives the loss and gradients of plain PyTorch."""
+    batch = trained.val_batches[0][:2].to(trained.device)
+    results = []
+    for kernels in (PLAIN, trained.model.kernels):
+        model = copy.deepcopy(trained.model).train()
+        model.use_kernels(kernels)
+        if kernels is not PLAIN:
+            torch._dynamo.reset()  # training has used up some of the compilations that dynamo allows
+            model.compile_blocks()
+        loss, _ = model.loss(batch[:, :-1], batch[:, 1:])
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
+    (plain_loss, plain), (loss, gradient) = results
+    torch.testing.assert_close(loss, plain_loss, atol=1e-3, rtol=1e-3)
+    error = (gradient - plain).norm() / plain.norm()
+    assert error < 0.01, f"the gradient is off by {error:.2%}"
 
 
-def test_embedding_compression_pipeline() -> None:
-    pytest.skip("EmbeddingCompressor is not built yet")
+def test_embedding_compression_pipeline(trained: Trained) -> None:
+    """Compressed to half of bf16 on some of the text, the model predicts nearly the same on the rest."""
+    if trained.model.config.embedding != "dense" or not trained.model.config.tie_embeddings:
+        pytest.skip("the model's embedding is not a tied dense one")
+    ids = trained.val_batches[0].flatten().to(trained.device)
+    choice = EmbeddingCompressor(trained.model, ids[: len(ids) // 16 * 16].view(-1, 16)).choose(ratio=2.0)
+    assert choice.chosen.ratio >= 2
+    assert choice.chosen.quality.perplexity_increase < 0.05
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ from ryzen_callbacks import (
     TrainingMetricsReport,
 )
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS
+from ryzen_callbacks.step_callback import StepCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import Tiny
 
@@ -204,11 +205,9 @@ def test_between_drains_nothing_is_read_from_the_device(
 
         return run
 
+    for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
+        monkeypatch.setattr(StepCallback, name, watched(getattr(StepCallback, name)))
     callbacks = [TrainingMetricsCollector(), AnomalyDetector(), OptimizationValidator()]
-    for callback in callbacks:
-        for name in dir(callback):
-            if name.startswith("on_train_batch") or name == "on_before_optimizer_step":
-                monkeypatch.setattr(callback, name, watched(getattr(callback, name)))
     for name in ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__"):
         original = getattr(torch.Tensor, name)
 

@@ -9,6 +9,7 @@ import torch
 from ryzen_callbacks import OptimizationValidator
 
 from ryzen_llm.claims import ClaimContext, Optimizations, Thresholds, build_claims
+from ryzen_llm.decoding import RecyclingDrafter
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -44,6 +45,7 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "kernel_performance",
         "kernel_performance_vs_strong",
         "embedding_compression",
+        "embedding_compression_quality",
         "kv_cache",
         "kv_cache_quality",
         "speculative_decoding",
@@ -51,7 +53,6 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "end_to_end_vs_strong",
         "numerical_correctness",
     ]
-    assert "not built yet" in claims["embedding_compression"].not_measured_because
     assert "enable_speculative_decoding" in claims["speculative_decoding"].not_measured_because
     assert claims["kv_cache"].threshold == 0.25
     off = dataclasses.replace(context, enabled=Optimizations(enable_kernel_optimization=False))
@@ -80,6 +81,30 @@ def test_measuring_leaves_the_model_as_it_was(context: ClaimContext) -> None:
     assert all(p.grad is None for p in context.model.parameters())
 
 
+def test_the_embedding_is_compressed_after_training_and_its_cost_is_measured(context: ClaimContext) -> None:
+    config = context.model.config
+    claims = [claim for claim in build_claims(context) if claim.name.startswith("embedding")]
+    size, quality = OptimizationValidator(claims).validate().results
+    assert size.baseline is not None
+    assert size.baseline.value == 2 * config.vocab_size * config.hidden_size
+    assert size.measured is not None
+    assert 3.5 <= size.measured < 5
+    assert size.status == "PASS"
+    assert quality.measured
+    assert abs(quality.measured) < 0.01
+    assert context.model.config.embedding == "dense", "the trained model is left as it is"
+
+
+def test_an_embedding_that_was_trained_compressed_is_measured_as_it_is(context: ClaimContext) -> None:
+    shape = context.model.config.to_dict() | {"embedding": "factorized", "embedding_settings": {"rank": 4}}
+    context = dataclasses.replace(context, model=Transformer(ModelConfig.from_dict(shape)))
+    claims = [claim for claim in build_claims(context) if claim.name.startswith("embedding")]
+    size, quality = OptimizationValidator(claims).validate().results
+    vocab_size, hidden_size = context.model.config.vocab_size, context.model.config.hidden_size
+    assert size.measured == pytest.approx(vocab_size * hidden_size / (4 * (vocab_size + hidden_size)))
+    assert quality.status == "NOT_MEASURED"
+
+
 @pytest.mark.parametrize("kind", ["int8", "k8v4"])
 def test_the_cache_is_measured_on_validation_text(context: ClaimContext, kind: str) -> None:
     """With a head_dim of 16, a key or value is 32 bytes in bf16, 18 in int8 and 12 in int4; at 40 tokens."""
@@ -104,6 +129,41 @@ def test_a_cache_that_is_switched_off_is_not_measured(context: ClaimContext) -> 
     context = dataclasses.replace(context, enabled=Optimizations(enable_kv_cache_optimization=False))
     claims = [claim for claim in build_claims(context) if claim.name.startswith("kv_cache")]
     assert all("enable_kv_cache_optimization" in claim.not_measured_because for claim in claims)
+
+
+def test_speculation_is_measured_on_the_same_texts_both_ways(
+    context: ClaimContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round starts with empty tables: its texts are those of the round before."""
+    sizes: list[list[int]] = []
+    forget = RecyclingDrafter.forget
+
+    def spy(drafter: RecyclingDrafter) -> None:
+        forget(drafter)
+        sizes.append([len(table) for table in drafter.tables])
+
+    monkeypatch.setattr(RecyclingDrafter, "forget", spy)
+    context = dataclasses.replace(context, enabled=Optimizations(drafters=("recycling",)))
+    claim = next(claim for claim in build_claims(context) if claim.name == "speculative_decoding")
+    assert claim.baseline is not None
+    assert claim.optimized is not None
+    plain, first, _ = claim.baseline(), claim.optimized(), claim.optimized()
+    assert [out.ids.tolist() for out in plain] == [out.ids.tolist() for out in first]
+    assert sizes == [[0, 0, 0]] * 3, "when it is made, and before each round"
+    assert "64 tokens generated greedily after each of 4 prompts of 32 tokens" in claim.description
+    result = OptimizationValidator([claim], rounds=1).validate().results[0]
+    assert result.measured
+    assert result.optimized is not None
+    assert "recycling" in result.optimized.name
+
+
+@pytest.mark.parametrize(
+    ("drafters", "message"),
+    [((), "drafters is empty"), (("eagle",), "unknown drafter 'eagle'"), (("suffix",) * 2, "there 2 times")],
+)
+def test_drafters_that_cannot_work_are_named(drafters: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Optimizations(drafters=drafters)
 
 
 def test_bf16_moves_the_loss_a_little(context: ClaimContext) -> None:

@@ -162,6 +162,9 @@ def truncate(path: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "short tokens": lambda store: truncate(store / "train.bin"),
+    "other tokens": lambda store: (store / "train.bin").write_bytes(
+        bytes(reversed((store / "train.bin").read_bytes()))
+    ),
     "missing tokens": lambda store: (store / "val.bin").unlink(),
     "missing meta": lambda store: (store / "meta.json").unlink(),
     "cut meta": lambda store: truncate(store / "meta.json"),

@@ -97,6 +97,11 @@ def test_files_that_are_not_heads_are_refused(heads: DraftHeads, tmp_path: Path)
     (tmp_path / "a.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(InputError, match="damaged"):
         DraftHeads.load(tmp_path / "a.safetensors")
+    heads.vocabulary[0] = -1
+    heads.save(tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"damaged \(the vocabulary is no list of ids"):
+        DraftHeads.load(tmp_path / "a.safetensors")
+    heads.vocabulary[0] = 3
     save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match="something else"):
         DraftHeads.load(tmp_path / "b.safetensors")

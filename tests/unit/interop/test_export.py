@@ -12,7 +12,6 @@ from random_models import TEMPLATE, random_ids, save
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import export_pretrained, load_pretrained
 from ryzen_llm.model import ModelConfig, Transformer
-from ryzen_llm.model.embedding import EMBEDDINGS, Embedding
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -38,6 +37,7 @@ def test_in_and_out_and_in_again_is_bit_exact_and_transformers_agrees(
     exported = export_pretrained(model, tokenizer, tmp_path / "out")
     again, same_tokenizer = load_pretrained(exported)
     assert same(model, again)
+    assert {file.stat().st_mode & 0o777 for file in exported.iterdir()} == {0o644}
     assert same_tokenizer.to_json() == tokenizer.to_json()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     if model.config.sliding_window or reference.config.model_type != "mistral":
@@ -113,29 +113,25 @@ def test_a_combination_that_no_architecture_has_is_refused(directory: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-class Factored(Embedding):
-    """A compressed kind: token factors of 4 numbers and a map of them to the hidden size."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.factors = torch.nn.Parameter(torch.randn(config.vocab_size, 4))
-        self.expand = torch.nn.Parameter(torch.randn(4, config.hidden_size) / 4)
-
-    def lookup(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.factors[input_ids] @ self.expand
-
-    def head(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden_states @ self.expand.T, self.factors
-
-    def dense_weight(self) -> torch.Tensor:
-        return (self.factors @ self.expand).detach()
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "factorized": {"rank": 4},
+    "hashed": {"buckets": 20},
+    "product": {"width": 4, "entries": 16},
+    "quantized": {"bits": 4, "packed": True},
+}
 
 
-@pytest.fixture
-def compressed(directory: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Transformer, Any]:
-    monkeypatch.setitem(EMBEDDINGS, "factored", Factored)
+@pytest.fixture(params=COMPRESSED)
+def compressed(request: pytest.FixtureRequest, directory: Path) -> tuple[Transformer, Any]:
+    kind = request.param
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SHAPE, embedding="factored"))
+    model = Transformer(ModelConfig(**SHAPE, embedding=kind, embedding_settings=COMPRESSED[kind]))
+    with torch.no_grad():
+        for tensor in model.embedding.state_dict().values():
+            if tensor.dtype == torch.uint8 and kind == "quantized":  # zero until something is compressed
+                tensor.random_(256)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=0.2)
     return model.eval(), load_pretrained(directory)[1]
 
 
@@ -161,12 +157,19 @@ def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
     again, same_tokenizer = load_pretrained(exported)
     assert same_tokenizer.to_json() == tokenizer.to_json()
     assert again.config == model.config
-    assert torch.equal(again.embedding.state_dict()["factors"], model.embedding.state_dict()["factors"])
+    theirs = again.embedding.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.embedding.state_dict().items())
     assert torch.equal(again.norm.weight, model.norm.weight.to(torch.bfloat16).float())
     with pytest.raises((ValueError, KeyError), match="ryzen_llm"):
         transformers.AutoModelForCausalLM.from_pretrained(exported)
+    in_half, _ = load_pretrained(exported, "bf16")
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        agreement = torch.nn.functional.cosine_similarity(in_half(ids).float(), again(ids), dim=-1)
+    assert agreement.min() > 0.99
 
 
+@pytest.mark.parametrize("compressed", ["factorized"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -175,6 +178,8 @@ def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
         ({"hidden_size": 64}, "of another shape"),
         ({"hidden_size": 2**30, "head_dim": 8}, "of another shape|its sizes make no model"),
         ({"embedding": "unknown"}, "model.embedding is 'unknown'"),
+        ({"embedding_settings": {"rank": 5}}, "of another shape"),
+        ({"embedding_settings": {"rank": [5]}}, "rank"),
         ({"rope_scaling": {"kind": []}}, "rope_scaling"),
         ({"nonsense": 1}, "unknown model field 'nonsense'"),
     ],

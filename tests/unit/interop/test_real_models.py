@@ -1,5 +1,6 @@
 """SmolLM2-135M and Gemma 3 270M as published, against transformers; skipped where they are absent."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from gguf_files import package_file
 
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.decoding import Generator
+from ryzen_llm.evaluation import measure_perplexity
 from ryzen_llm.interop import export_pretrained, load_pretrained, render_chat
 from ryzen_llm.model import Transformer
 
@@ -57,6 +59,27 @@ def compare_logits(model: Transformer, tokenizer: Tokenizer, theirs: Any, atol: 
 @pytest.mark.slow
 def test_logits_of_smollm2_on_three_texts(smollm2: tuple[Transformer, Tokenizer], theirs: Any) -> None:
     compare_logits(*smollm2, theirs)
+
+
+@pytest.mark.slow
+def test_perplexity_of_smollm2_is_that_of_transformers(
+    smollm2: tuple[Transformer, Tokenizer], theirs: Any
+) -> None:
+    """A fifth of a text's windows overlapping; the reference sums log-probabilities token by token."""
+    model, tokenizer = smollm2
+    found = measure_perplexity(model, tokenizer, TEXTS["code"], context=200, stride=160)
+    ids = tokenizer.encode(TEXTS["code"])
+    nats = 0.0
+    for target in range(1, len(ids)):
+        start = max(0, -(-(target - 200) // 160)) * 160  # the first window that has it as a target
+        if target == start + 1 + (40 if start else 0):  # and it is that window's first new one
+            window = torch.tensor([ids[start : start + 200]])
+            with torch.no_grad():
+                log_probabilities = theirs(window).logits[0].double().log_softmax(-1)
+        nats -= float(log_probabilities[target - 1 - start, ids[target]])
+    expected = math.exp(nats / (len(ids) - 1))
+    assert len(ids) > 600
+    assert found.perplexity == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """The product with weights of 4 bits: C++ and PyTorch's op against fp64; rows do not depend on others."""
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ryzen_llm.kernels import int4_linear, pack_int4
 from ryzen_llm.kernels.hardware import cpu_features
 
 module = importlib.import_module(

@@ -124,8 +124,10 @@ def test_opcheck(gradients: bool) -> None:
     x, weight, targets = inputs(6, 3, 5)
     leaves = (x.requires_grad_(gradients), weight.requires_grad_(gradients), targets)
     ones = torch.ones(6, dtype=torch.float64)
-    torch.library.opcheck(FUSED.linear_cross_entropy.default, (*leaves, ones, 0.1, 0.01, False, gradients))
-    torch.library.opcheck(FUSED.linear_cross_entropy_rows.default, (*leaves, 0.1, 0.01, False))
+    torch.library.opcheck(
+        FUSED.linear_cross_entropy.default, (*leaves, ones, 0.1, 0.01, False, 1.0, gradients)
+    )
+    torch.library.opcheck(FUSED.linear_cross_entropy_rows.default, (*leaves, 0.1, 0.01, False, 1.0))
 
 
 def test_under_autocast_the_weights_gradient_stays_fp32() -> None:

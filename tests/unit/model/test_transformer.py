@@ -197,6 +197,27 @@ def test_compiled_regions_change_neither_loss_nor_gradients_nor_names() -> None:
         torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient() -> None:
+    model = Transformer(ModelConfig.from_name("tiny", num_layers=2, vocab_size=64))
+    ids = torch.arange(2 * 33).view(2, 33) % 64
+    results, kept = [], []
+    for model.checkpoint_activations in (False, True):
+        seen: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+        kept.append(sum(seen.values()))
+        results.append(torch.autograd.grad(loss, list(model.parameters())))
+    for with_checkpoints, without in zip(*results, strict=True):
+        assert torch.equal(with_checkpoints, without)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert kept[1] - weights < 0.5 * (kept[0] - weights)
+
+
 def small_cache(max_length: int) -> Any:
     return build_cache(
         "dense", SMALL, batch_size=1, max_length=max_length, dtype=torch.float32, device=torch.device("cpu")

@@ -28,7 +28,7 @@ def test_an_earlier_run_moves_to_the_first_free_name(
 ) -> None:
     out = tmp_path / "runs" / "out"
     for number in range(3):
-        with claim_output_dir(out, resume=False):
+        with claim_output_dir(out, keep=False):
             assert list(out.iterdir()) == []
             write(out, f"run {number}")
         said = capsys.readouterr().out
@@ -38,14 +38,14 @@ def test_an_earlier_run_moves_to_the_first_free_name(
 
 
 def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
-    with claim_output_dir(tmp_path, resume=False):
+    with claim_output_dir(tmp_path, keep=False):
         pass
     assert not tmp_path.with_name(f"{tmp_path.name}-1").exists()
 
 
 def test_resuming_leaves_everything_in_place(tmp_path: Path) -> None:
     write(tmp_path, "run 0")
-    with claim_output_dir(tmp_path, resume=True):
+    with claim_output_dir(tmp_path, keep=True):
         assert read(tmp_path) == "run 0"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
@@ -53,20 +53,20 @@ def test_resuming_leaves_everything_in_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_second_run_is_refused_while_the_first_goes_on(resume: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with claim_output_dir(out, resume=False):
+    with claim_output_dir(out, keep=False):
         write(out, "the first")
         with pytest.raises(InputError, match="another run is writing to it"), claim_output_dir(out, resume):
             pass
         assert read(out) == "the first"
         with pytest.raises(InputError, match="another run is writing to it"), claim_output_dir(out, resume):
             pass  # being refused has not let go of the first one's lock
-    with claim_output_dir(out, resume=True):
+    with claim_output_dir(out, keep=True):
         assert read(out) == "the first"
 
 
 def test_a_run_that_failed_or_was_killed_holds_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), claim_output_dir(out, resume=False):
+    with pytest.raises(ZeroDivisionError), claim_output_dir(out, keep=False):
         raise ZeroDivisionError
     hold = (
         "import os, signal, sys; from pathlib import Path\n"
@@ -76,7 +76,7 @@ def test_a_run_that_failed_or_was_killed_holds_nothing(tmp_path: Path) -> None:
     search = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     killed = subprocess.run([sys.executable, "-c", hold, str(out)], env=search, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    with claim_output_dir(out, resume=False):
+    with claim_output_dir(out, keep=False):
         pass
 
 
@@ -89,20 +89,20 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     message = "output_dir {}: cannot be written ({}); choose another folder"
-    with pytest.raises(InputError) as below_a_file, claim_output_dir(Path("/dev/null/out"), resume=False):
+    with pytest.raises(InputError) as below_a_file, claim_output_dir(Path("/dev/null/out"), keep=False):
         pass
     assert str(below_a_file.value) == message.format("/dev/null/out", "File exists")
-    with pytest.raises(InputError) as in_proc, claim_output_dir(Path("/proc/out"), resume=False):
+    with pytest.raises(InputError) as in_proc, claim_output_dir(Path("/proc/out"), keep=False):
         pass
     assert "/proc/out: cannot be written" in str(in_proc.value)
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(InputError) as on_a_full_disk, claim_output_dir(tmp_path / "out", resume=False):
+    with pytest.raises(InputError) as on_a_full_disk, claim_output_dir(tmp_path / "out", keep=False):
         pass
     assert str(on_a_full_disk.value) == message.format(tmp_path / "out", "No space left on device")
 
 
 def test_a_file_is_not_taken_for_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match="is a file"), claim_output_dir(tmp_path / "out", resume=False):
+    with pytest.raises(InputError, match="is a file"), claim_output_dir(tmp_path / "out", keep=False):
         pass
     assert (tmp_path / "out").read_text() == "mine"

@@ -27,6 +27,7 @@ def target() -> Transformer:
         num_kv_heads=1,
         intermediate_size=64,
         max_position_embeddings=128,
+        tie_embeddings=False,  # or random weights would repeat one token
     )
     model = Transformer(config)
     for parameter in model.parameters():

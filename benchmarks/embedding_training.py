@@ -1,0 +1,132 @@
+"""What training with a compressed embedding costs: validation loss beside a dense twin, seed by seed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.table import Table
+from ryzen_callbacks import describe_environment, write_json
+from ryzen_callbacks.intervals import mean_interval
+
+from ryzen_llm.data import TextDataModule
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import ModelConfig
+from ryzen_llm.training import LanguageModule, OptimizerConfig
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quantized, 3 bits": ("quantized", {"bits": 3}),
+    "factorized, rank 48": ("factorized", {"rank": 48}),
+    "product": ("product", {"width": 4, "entries": 256}),
+    "hashed": ("hashed", {"buckets": 1008}),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Train twins of the same seed, tokens and settings; print and write the paired differences."""
+    parser = argparse.ArgumentParser(prog="benchmark.py embedding_training", description=__doc__)
+    parser.add_argument("--model", default="tiny", help="a preset's name")
+    parser.add_argument("--source", default="stdlib", help="text, as data.source")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS)[:1])
+    parser.add_argument("--validation-batches", type=int, default=32)
+    parser.add_argument("--margin", type=float, default=0.01, help="of equivalence, relative")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedding_training.json"))
+    options = parser.parse_args(arguments)
+    if options.seeds < 6:
+        raise InputError(f"--seeds is {options.seeds}, expected 6 or more, for an interval")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    console = Console()
+    losses: dict[str, list[float]] = {"dense": []}
+    ratios: dict[str, float] = {}
+    for seed in range(options.seeds):
+        for name in ("dense", *options.kinds):
+            with console.status(f"seed {seed}: {name}"):
+                loss, ratios[name] = train(name, seed, options)
+            losses.setdefault(name, []).append(loss)
+            console.print(f"seed {seed}, {name}: validation loss {loss:.4f} at {ratios[name]:.2f}x")
+    table = Table(title=f"{options.steps} steps of {options.batch} x {options.context} tokens")
+    for heading in (
+        "embedding",
+        "ratio",
+        "validation loss",
+        "against the dense twin",
+        f"within {options.margin:.0%}",
+    ):
+        table.add_column(heading, justify="right")
+    rows: list[dict[str, Any]] = []
+    for name, found in losses.items():
+        row: dict[str, Any] = {"name": name, "ratio": ratios[name], "losses": found}
+        mean = sum(found) / len(found)
+        if name == "dense":
+            table.add_row(name, "1", f"{mean:.4f}", "", "")
+        else:
+            relative = [a / b - 1 for a, b in zip(found, losses["dense"], strict=True)]
+            interval = mean_interval(relative)
+            assert interval is not None
+            low, high = interval
+            # A 95% interval inside the margin is two one-sided tests at 2.5% (TOST).
+            row |= {"increase": sum(relative) / len(relative), "ci_low": low, "ci_high": high}
+            row["equivalent"] = -options.margin <= low and high <= options.margin
+            row["no_worse"] = high <= options.margin
+            change = f"{row['increase']:+.2%} [{low:+.2%}, {high:+.2%}]"
+            table.add_row(name, f"{ratios[name]:.2f}x", f"{mean:.4f}", change, str(row["equivalent"]))
+        rows.append(row)
+    console.print(table)
+    settings = {key: str(value) for key, value in vars(options).items()}
+    kept: list[dict[str, Any]] = json.loads(options.out.read_text())["runs"] if options.out.is_file() else []
+    run = {"rows": rows, "settings": settings, "environment": describe_environment()}
+    write_json(options.out, {"benchmark": "embedding_training", "runs": [*kept, run]})
+    console.print(f"written: {options.out}")
+
+
+def train(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Validation loss, and the embedding's ratio, after training from this seed."""
+    pl.seed_everything(seed, verbose=False)
+    data = TextDataModule(
+        options.source,
+        vocab_size=options.vocab_size,
+        context=options.context,
+        batch_size=options.batch,
+        seed=seed,
+    )
+    data.prepare_data()
+    kind, settings = KINDS.get(name, ("dense", {}))
+    config = ModelConfig.from_name(
+        options.model,
+        vocab_size=data.tokenizer.vocab_size,
+        embedding=kind,
+        embedding_settings=settings or None,
+    )
+    module = LanguageModule(config, OptimizerConfig(learning_rate=3e-3))
+    trainer = pl.Trainer(
+        max_steps=options.steps,
+        max_epochs=-1,
+        limit_val_batches=options.validation_batches,
+        precision="bf16-mixed",
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, train_dataloaders=_train_loader(data))
+    module.model.replace_embedding(module.model.embedding.compressed())
+    (result,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    return result["val_loss"], module.model.embedding.compression_ratio
+
+
+def _train_loader(data: TextDataModule) -> Any:
+    data.setup("fit")
+    return data.train_dataloader()

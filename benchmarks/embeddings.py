@@ -1,0 +1,296 @@
+"""What compressed embeddings save and cost: bytes, perplexity and head time, beside baselines and peers."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from ryzen_callbacks import describe_environment, write_json
+from torch import Tensor
+
+from benchmarks.embedding_peers import PEERS, round_to_nearest, truncated_svd
+from benchmarks.side_by_side import speedup, time_arms
+from ryzen_llm.errors import InputError
+from ryzen_llm.interop import load_pretrained
+from ryzen_llm.model import Transformer
+from ryzen_llm.model.embedding import (
+    DenseEmbedding,
+    Embedding,
+    FactorizedEmbedding,
+    ProductEmbedding,
+    QuantizedEmbedding,
+    allocate_bits,
+)
+from ryzen_llm.training import EmbeddingCompressor, heal, measure
+
+PARTS = ("quality", "speed", "heal")
+
+
+def main(arguments: list[str]) -> None:
+    """Measure the parts asked for; print tables, write JSON and a plot; other parts keep their figures."""
+    parser = argparse.ArgumentParser(prog="benchmark.py embeddings", description=__doc__)
+    parser.add_argument("--model", required=True, help="what load_pretrained takes, e.g. a GGUF file")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="its second half is scored, the first calibrated on"
+    )
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="more text to calibrate on")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[2.45, 3.6, 4.5, 6.1])
+    parser.add_argument("--calibration-tokens", type=int, default=12288, help="of each text")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a window of scored text")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--heal-ratio", type=float, default=6.1)
+    parser.add_argument("--heal-steps", type=int, default=150)
+    parser.add_argument("--heal-learning-rate", type=float, default=5e-4)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--shipped-bytes", type=int, help="of the embedding tensor in the file as shipped")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embeddings.json"))
+    options = parser.parse_args(arguments)
+    for path in (options.text, *options.also):
+        if not path.is_file():
+            raise InputError(f"text {path}: no such file")
+    console = Console()
+    model, tokenizer = load_pretrained(options.model, "bf16")
+    ids = torch.tensor(tokenizer.encode(options.text.read_text(encoding="utf-8")))
+    half, needed = len(ids) // 2, options.windows * options.context
+    if half < max(needed, options.calibration_tokens):
+        raise InputError(f"--text has {len(ids)} tokens, expected {2 * needed}: give more text")
+    scored = ids[half : half + needed].view(-1, options.context)
+    calibration = [ids[:half]]
+    for path in options.also:
+        calibration.append(torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"))))
+    rows = torch.cat([in_rows(text[: options.calibration_tokens]) for text in calibration])
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    found |= {"benchmark": "embeddings", "model": Path(options.model).name}
+    with console.status("calibrating"):
+        started = time.perf_counter()
+        compressor = EmbeddingCompressor(model, rows)
+        found["calibration_s"] = time.perf_counter() - started
+    if "quality" in options.parts:
+        found["quality"] = quality(compressor, scored, options, console)
+    if "speed" in options.parts:
+        found["speed"] = speed(compressor, options, console)
+    if "heal" in options.parts:
+        found["healed"] = healed(
+            compressor,
+            torch.cat([in_rows(text) for text in calibration]),
+            scored,
+            options,
+            console,
+        )
+    found["settings"] = {key: str(value) for key, value in vars(options).items()}
+    found["environment"] = describe_environment()
+    write_json(options.out, found)
+    console.print(f"written: {options.out}")
+    plot(found, options.out.with_suffix(".png"), console)
+
+
+def in_rows(ids: Tensor) -> Tensor:
+    """Token ids in rows of 512, the rest left out."""
+    return ids[: len(ids) // 512 * 512].view(-1, 512)
+
+
+def ours(compressor: EmbeddingCompressor, ratios: list[float]) -> dict[str, Callable[[], Embedding]]:
+    """How to make each of this project's arms."""
+    weight, calibration = compressor.weight, compressor.calibration
+
+    def tiered(ratio: float) -> Embedding:
+        tiers = allocate_bits(weight, calibration, int(2 * weight.numel() / ratio))
+        return compressor.compress(QuantizedEmbedding, bits=tiers)
+
+    arms: dict[str, Callable[[], Embedding]] = {
+        f"quantized, tiers {ratio}x": functools.partial(tiered, ratio) for ratio in ratios
+    }
+    arms["quantized, 4 bits"] = lambda: compressor.compress(QuantizedEmbedding, bits=4)
+    vocab_size, hidden_size = weight.shape
+    rank = int(weight.numel() / 2.45 / (vocab_size + hidden_size))
+    arms["factorized, whitened, 2.45x"] = lambda: compressor.compress(FactorizedEmbedding, rank=rank)
+    arms["product, 3 stages"] = lambda: compressor.compress(ProductEmbedding, stages=3)
+    return arms
+
+
+def quality(
+    compressor: EmbeddingCompressor, scored: Tensor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Bytes, perplexity, divergence and agreement of every arm on text not calibrated on."""
+    weight = compressor.weight
+    models: dict[str, Transformer] = {}
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, embedding: Embedding, size: int, seconds: float) -> None:
+        models[name] = compressor.apply(embedding)
+        ratio = 2 * weight.numel() / size
+        shipped = options.shipped_bytes / size if options.shipped_bytes else None
+        rows.append(
+            {"name": name, "bytes": size, "ratio": ratio, "ratio_to_shipped": shipped, "made_in_s": seconds}
+        )
+
+    def add_dense(name: str, matrix: Tensor, size: int) -> None:
+        embedding = DenseEmbedding(*weight.shape)
+        embedding.weight = torch.nn.Parameter(matrix, requires_grad=False)
+        add(name, embedding, size, 0.0)
+
+    for name, make in ours(compressor, options.ratios).items():
+        with console.status(name):
+            started = time.perf_counter()
+            embedding = make()
+            add(name, embedding, embedding.bytes_resident, time.perf_counter() - started)
+    for bits, group in ((8, weight.shape[1]), (4, 32), (4, 64)):
+        add_dense(f"round to nearest, {bits} bits, groups of {group}", *round_to_nearest(weight, bits, group))
+    add_dense("plain SVD, 2.45x", *truncated_svd(weight, 2.45))
+    skipped = {}
+    for name, peer in PEERS.items():
+        try:
+            add_dense(name, *peer(weight))
+        except Exception as error:  # whatever a peer lacks on this machine
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            console.print(f"{name}: skipped ({skipped[name]})")
+    with console.status("scoring"):
+        qualities = measure(compressor.model, models, scored)
+    table = Table(title=f"{scored.numel()} tokens not calibrated on, against dense bf16")
+    for heading in ("embedding", "ratio", "MiB", "perplexity", "change", "KL (nats)", "top-1"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        q = qualities[row["name"]]
+        row |= asdict(q)
+        table.add_row(
+            row["name"],
+            f"{row['ratio']:.2f}x",
+            f"{row['bytes'] / 2**20:.1f}",
+            f"{q.perplexity:.3f}",
+            f"{q.perplexity_increase:+.2%}",
+            f"{q.kl:.4f}",
+            f"{q.top1_agreement:.1%}",
+        )
+    console.print(table)
+    return [*rows, *({"name": name, "skipped": why} for name, why in skipped.items())]
+
+
+def _ten_times(function: Callable[[Tensor], Tensor], argument: Tensor) -> None:
+    for _ in range(10):
+        function(argument)
+
+
+@torch.inference_mode()
+def speed(
+    compressor: EmbeddingCompressor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """Milliseconds of the head at batch 1 and of looking up 1 token, compiled, all arms in every round."""
+    embeddings: dict[str, Embedding] = {"dense bf16": compressor.model.embedding}
+    embeddings |= {name: make() for name, make in ours(compressor, options.ratios).items()}
+    hidden = torch.randn(1, compressor.weight.shape[1]).bfloat16()
+    ids = torch.tensor([[7]])
+    rows: list[dict[str, Any]] = []
+    heads = {n: torch.compile(e.logits, fullgraph=True, dynamic=False) for n, e in embeddings.items()}
+    lookups = {n: torch.compile(e.lookup, fullgraph=True, dynamic=False) for n, e in embeddings.items()}
+    for name in embeddings:
+        torch._dynamo.reset()
+        for _ in range(3):
+            heads[name](hidden), lookups[name](ids)
+    head_times = time_arms(
+        {n: functools.partial(_ten_times, f, hidden) for n, f in heads.items()}, options.rounds
+    )
+    look_times = time_arms(
+        {n: functools.partial(_ten_times, f, ids) for n, f in lookups.items()}, options.rounds
+    )
+    table = Table(title="batch 1, compiled")
+    for heading in ("embedding", "head ms", "speed-up of the head", "lookup us"):
+        table.add_column(heading, justify="right")
+    for name in embeddings:
+        head, look = (sorted(t[name])[len(t[name]) // 2] / 10 for t in (head_times, look_times))
+        faster = speedup(head_times, "dense bf16", name)
+        rows.append(
+            {"name": name, "head_ms": head * 1e3, "lookup_us": look * 1e6, "head_speedup": asdict(faster)}
+        )
+        table.add_row(name, f"{head * 1e3:.2f}", str(faster), f"{look * 1e6:.0f}")
+    console.print(table)
+    return rows
+
+
+def healed(
+    compressor: EmbeddingCompressor,
+    text: Tensor,
+    scored: Tensor,
+    options: argparse.Namespace,
+    console: Console,
+) -> dict[str, Any]:
+    """One arm healed on the calibration text: time and quality before and after."""
+    tiers = allocate_bits(
+        compressor.weight, compressor.calibration, int(2 * compressor.weight.numel() / options.heal_ratio)
+    )
+    trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=tiers)
+    before = compressor.apply(trainable.compressed())
+    started = time.perf_counter()
+    after = heal(
+        compressor.model.float(),
+        trainable,
+        text,
+        steps=options.heal_steps,
+        learning_rate=options.heal_learning_rate,
+        precision="bf16-mixed",
+    )
+    seconds = time.perf_counter() - started
+    compressor.model.bfloat16()
+    qualities = measure(compressor.model, {"before": before, "after": after.bfloat16()}, scored)
+    size = after.embedding.bytes_resident
+    result = {
+        "ratio": 2 * compressor.weight.numel() / size,
+        "bytes": size,
+        "steps": options.heal_steps,
+        "seconds": seconds,
+    } | {name: asdict(q) for name, q in qualities.items()}
+    console.print(result)
+    return result
+
+
+def plot(found: dict[str, Any], path: Path, console: Console) -> None:
+    """The frontier: ratio against the increase of perplexity."""
+    if importlib.util.find_spec("matplotlib") is None or "quality" not in found:
+        console.print("no plot: it needs matplotlib and the part quality")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for row in found["quality"]:
+        if "skipped" in row:
+            continue
+        tiers = "tiers" in row["name"]
+        change = max(100 * row["perplexity_increase"], 0.01)
+        axes.plot(row["ratio"], change, "o" if tiers else "x", color="tab:blue" if tiers else "tab:gray")
+        axes.annotate(
+            row["name"], (row["ratio"], change), fontsize=7, xytext=(4, 4), textcoords="offset points"
+        )
+    if "healed" in found:
+        change = max(100 * found["healed"]["after"]["perplexity_increase"], 0.01)
+        axes.plot(found["healed"]["ratio"], change, "*", color="tab:green", markersize=12)
+        axes.annotate(
+            "healed",
+            (found["healed"]["ratio"], change),
+            fontsize=7,
+            xytext=(4, 4),
+            textcoords="offset points",
+        )
+    axes.axhline(1, color="tab:red", linewidth=0.5)
+    axes.set(
+        yscale="log",
+        xlabel="dense bf16 bytes over resident bytes",
+        ylabel="increase of perplexity, %",
+        title=f"{found['model']}: embedding size against quality",
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    console.print(f"written: {path}")

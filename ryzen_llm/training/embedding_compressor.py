@@ -1,0 +1,167 @@
+"""Choosing a compressed embedding for a model, within a budget of bytes or of quality, by measuring."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.errors import InputError
+from ryzen_llm.model import Transformer
+from ryzen_llm.model.embedding import (
+    Calibration,
+    CompressedEmbedding,
+    Embedding,
+    FactorizedEmbedding,
+    ProductEmbedding,
+    QuantizedEmbedding,
+    allocate_bits,
+)
+from ryzen_llm.training.embedding_calibration import Quality, calibrate, check_text, measure, with_embedding
+
+_HELD_OUT = 0.25
+_SEARCH_STEPS = 5
+_SMALLEST_RATIO, _LARGEST_RATIO = 2.0, 12.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One measured embedding: its kind and settings, bytes and ratio against dense bf16, and its cost."""
+
+    kind: str
+    settings: dict[str, Any]
+    bytes_resident: int
+    ratio: float
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class EmbeddingChoice:
+    """What `EmbeddingCompressor` chose, and everything it measured on the way, smallest ratio first."""
+
+    embedding: Embedding
+    chosen: Candidate
+    curve: tuple[Candidate, ...]
+
+    def report(self) -> dict[str, Any]:
+        """The measurements in plain types, fit for JSON."""
+        return {"chosen": asdict(self.chosen), "curve": [asdict(c) for c in self.curve]}
+
+
+class EmbeddingCompressor:
+    """Compresses a tied embedding after training, with what a calibration text says matters.
+
+    Of the text's rows the last quarter is for measuring candidates, and not calibrated on.
+
+    Args:
+        model: A model with a tied dense embedding; left as it is.
+        calibration: Token ids of real text, (batch, time) int64; some ten thousand tokens or more.
+
+    Raises InputError for an untied model, one that is compressed already, and text that cannot work.
+    """
+
+    def __init__(self, model: Transformer, calibration: Tensor) -> None:
+        if model.config.embedding != "dense":
+            raise InputError(f"the model's embedding is {model.config.embedding} already, expected dense")
+        check_text(calibration, model.config.vocab_size, "calibration")
+        held_out = max(1, round(len(calibration) * _HELD_OUT))
+        if held_out == len(calibration):
+            raise InputError("calibration has one row, expected two or more: cut the text into several")
+        self.model = model
+        self.text, self.held_out = calibration[:-held_out], calibration[-held_out:]
+        self.weight = model.embedding.dense_weight().float()
+        self.calibration: Calibration = calibrate(model, self.text)
+        self._measured: list[Candidate] = []
+
+    def compress(self, kind: type[CompressedEmbedding], **settings: Any) -> CompressedEmbedding:
+        """The embedding of one kind with these settings, calibrated, in bf16."""
+        return kind.from_dense(self.weight, self.calibration, **settings).to(torch.bfloat16)
+
+    def settings_for(self, ratio: float) -> list[tuple[type[CompressedEmbedding], dict[str, Any]]]:
+        """Kinds and settings whose bytes are at most those of dense bf16 over `ratio`, the likeliest first.
+
+        Raises InputError for a ratio that no kind reaches.
+        """
+        if not 1 < ratio < math.inf:
+            raise InputError(
+                f"ratio is {ratio}, expected more than 1: dense bf16 bytes over compressed bytes"
+            )
+        vocab_size, hidden_size = self.weight.shape
+        available = int(2 * self.weight.numel() / ratio)
+        found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
+        tiers = allocate_bits(self.weight, self.calibration, available)
+        found.append((QuantizedEmbedding, {"bits": tiers}))
+        bits = int((available / vocab_size - 2) * 8 / hidden_size)
+        if 1 <= bits <= 8:
+            found.append((QuantizedEmbedding, {"bits": bits}))
+        if rank := available // (2 * (vocab_size + hidden_size)):
+            found.append((FactorizedEmbedding, {"rank": min(rank, hidden_size)}))
+        width = 8 if not hidden_size % 8 else 4
+        entries = min(256, vocab_size)
+        a_stage = vocab_size * hidden_size // width + 2 * entries * hidden_size
+        if not hidden_size % width and (stages := min(available // a_stage, 8)):
+            found.append((ProductEmbedding, {"stages": stages, "width": width, "entries": entries}))
+        return found
+
+    def choose(
+        self, *, ratio: float | None = None, perplexity_increase: float | None = None
+    ) -> EmbeddingChoice:
+        """The candidate with the least divergence at `ratio`, or the smallest one whose relative increase of
+        perplexity, on the held-out part of the text, is at most `perplexity_increase`.
+
+        Raises InputError unless exactly one budget is given, and for one that cannot be met.
+        """
+        if (ratio is None) == (perplexity_increase is None):
+            raise InputError("give ratio or perplexity_increase, one of them")
+        if ratio is not None:
+            made = [self._measure(self.compress(kind, **s)) for kind, s in self.settings_for(ratio)]
+            return self._choice(*min(made, key=lambda m: m[1].quality.kl))
+        assert perplexity_increase is not None
+        low, high = math.log(_SMALLEST_RATIO), math.log(_LARGEST_RATIO)
+        best = None
+        for step in range(_SEARCH_STEPS):
+            middle = low if step == 0 else (low + high) / 2
+            kind, settings = self.settings_for(math.exp(middle))[0]
+            found = self._measure(self.compress(kind, **settings))
+            if found[1].quality.perplexity_increase <= perplexity_increase:
+                low, best = middle, found
+            elif step == 0:
+                raise InputError(
+                    f"perplexity_increase is {perplexity_increase}, but at {found[1].ratio:.2f}x it is "
+                    f"{found[1].quality.perplexity_increase:.4f} already: allow more"
+                )
+            else:
+                high = middle
+        assert best is not None
+        return self._choice(*best)
+
+    def apply(self, embedding: Embedding) -> Transformer:
+        """A model of the same blocks with `embedding`."""
+        return with_embedding(self.model, copy.deepcopy(embedding))
+
+    def trainable(self, candidate: Candidate) -> Embedding:
+        """The candidate in the form to be trained, for `heal`. Raises InputError for one that is not."""
+        settings = {k: v for k, v in candidate.settings.items() if k not in ("packed", "reordered")}
+        if candidate.kind == QuantizedEmbedding.kind:
+            return QuantizedEmbedding.trainable_from_dense(self.weight, self.calibration, **settings)
+        kind = {k.kind: k for k in (FactorizedEmbedding, ProductEmbedding)}[candidate.kind]
+        return kind.from_dense(self.weight, self.calibration, **settings)
+
+    def quality(self, model: Transformer) -> Quality:
+        """A model beside the dense one on the held-out part of the text."""
+        return measure(self.model, {"": model}, self.held_out)[""]
+
+    def _choice(self, embedding: Embedding, chosen: Candidate) -> EmbeddingChoice:
+        return EmbeddingChoice(embedding, chosen, tuple(sorted(self._measured, key=lambda c: c.ratio)))
+
+    def _measure(self, embedding: Embedding) -> tuple[Embedding, Candidate]:
+        size = embedding.bytes_resident
+        quality = self.quality(self.apply(embedding))
+        ratio = 2 * self.weight.numel() / size
+        found = Candidate(embedding.kind, embedding.settings, size, ratio, quality)
+        self._measured.append(found)
+        return embedding, found

@@ -1,0 +1,111 @@
+"""Packed rows against their formula, by every path: PyTorch, Inductor, Triton's interpreter and compiler."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ryzen_llm.kernels import PackedRows, chunked_cross_entropy, pack, packed_linear, packed_lookup, unpack
+
+
+def random_rows(
+    bits: int, rows: int = 37, groups: int = 3, group: int = 16
+) -> tuple[PackedRows, torch.Tensor]:
+    """Packed rows, and their values by the formula in fp64."""
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (rows, groups, group), generator=draw)
+    scale = torch.rand(rows, groups, generator=draw) + 0.5
+    values = (codes - (2**bits - 1) / 2) * scale.double()[..., None]
+    return PackedRows(pack(codes, bits), scale, bits), values.flatten(1)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_take_their_bits_and_come_back(bits: int) -> None:
+    rows, values = random_rows(bits)
+    assert rows.codes.nbytes * 8 == 37 * 48 * bits
+    torch.testing.assert_close(unpack(rows).double(), values, atol=1e-5, rtol=1e-5)
+    indices = torch.tensor([5, 0, 36, 5])
+    torch.testing.assert_close(packed_lookup(indices, rows).double(), values[indices], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 6, 8])
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_the_product_is_that_of_the_values(bits: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tiles that do not divide the rows; with its gradient."""
+    monkeypatch.setattr("ryzen_llm.kernels.packed_rows.TILE_ROWS", 10)
+    rows, values = random_rows(bits)
+    x = torch.randn(n, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    got = packed_linear(x, rows)
+    torch.testing.assert_close(got.double(), x.double() @ values.T, atol=2e-3, rtol=1e-5)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad(got, x, upstream)
+    torch.testing.assert_close(gradient.double(), upstream.double() @ values, atol=2e-3, rtol=1e-5)
+
+
+def test_the_compiled_decoding_step_gives_the_same() -> None:
+    rows, values = random_rows(5)
+    x = torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got = torch.compile(packed_linear, fullgraph=True)(x, rows)
+    torch.testing.assert_close(got.double(), x.double() @ values.T, atol=1e-3, rtol=1e-5)
+
+
+def test_chunked_cross_entropy_has_the_loss_and_gradients_of_all_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In fp64, in chunks that do not divide the rows, with targets that do not count."""
+    monkeypatch.setattr("ryzen_llm.kernels.chunked_cross_entropy.slab_rows", lambda *_: 3)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 5, 4, generator=draw, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(4, 7, dtype=torch.float64)
+    targets = torch.randint(7, (2, 5), generator=draw)
+    targets[0, 1] = -100
+    loss, correct = chunked_cross_entropy(head, hidden, targets, list(head.parameters()))
+    expected = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1), targets.flatten())
+    assert correct == (head(hidden).argmax(-1) == targets).sum()
+    wanted = (hidden, *head.parameters())
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * loss, wanted), torch.autograd.grad(3 * expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+triton_kernels = pytest.importorskip("ryzen_llm.kernels.packed_rows_triton", reason="needs triton")
+
+
+def test_the_kernels_in_the_interpreter() -> None:
+    """In a process of its own, since Triton decides when it is imported whether it interprets."""
+    path = Path(__file__).with_name("interpreted_packed_rows.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_the_kernels_compile_without_a_gpu(bits: int, capability: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    pointers = {"codes_ptr": "*u8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
+    pointers |= {"indices_ptr": "*i64", "x_ptr": "*bf16"}
+    constants = {
+        triton_kernels.lookup_kernel: {"BITS": bits, "COLUMNS": triton_kernels.LOOKUP_COLUMNS},
+        triton_kernels.linear_kernel: {
+            "BITS": bits,
+            "ROWS": triton_kernels.BLOCK_ROWS,
+            "BYTES": triton_kernels.BLOCK_BYTES,
+        },
+    }
+    for kernel, values in constants.items():
+        types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+        types |= dict.fromkeys(values, "constexpr")
+        source = ASTSource(fn=kernel, signature=types, constexprs=values)
+        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert built.asm["cubin"]
