@@ -1,8 +1,9 @@
 """The model over a fixed number of tokens of each text: one compiled graph for each such width."""
 
 import time
+import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +45,12 @@ class FixedWidthPass:
         self.compile = compile
         self._run = self._forward
         if compile:
-            options = {"guard_filter_fn": _can_change}
-            self._run = torch.compile(self._forward, fullgraph=True, dynamic=False, options=options)
+            # The compiler keeps what it compiled by code, and the model is not looked at again: so each pass
+            # needs code of its own.
+            code = FixedWidthPass._forward.__code__.replace()
+            forward = types.MethodType(types.FunctionType(code, globals(), code.co_name), self)
+            options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _can_change}
+            self._run = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()

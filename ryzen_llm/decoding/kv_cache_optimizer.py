@@ -221,7 +221,7 @@ class KVCacheOptimizer:
                 stored.codes[:, :, CACHES["int4-sinks"].sinks : cache.length].double().transpose(0, 1)
                 for stored in (layer.keys, layer.values)
             )
-            output = block.attention.o_proj.weight.detach().double()
+            output = block.get_parameter("attention.o_proj.weight").detach().double()
             heads = output.T.reshape(len(keys), -1, layer.head_dim, len(output))
             transforms.append((_transform(keys, queries), _transform(values, (heads @ heads.mT).sum(1))))
         return transforms
@@ -269,7 +269,9 @@ def _regular(moments: Tensor) -> Tensor:
 def _power(matrix: Tensor, exponent: float) -> Tensor:
     """Of symmetric positive matrices."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=1e-24).pow(exponent)[..., None, :]) @ vectors.mT
+    powers = values.clamp(min=1e-24).pow(exponent)
+    result: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
+    return result
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -279,7 +281,7 @@ def _recording(attend: Attend, moments: list[Tensor]) -> Attend:
     """`attend` that also notes the queries' second moments, (kv_heads, head_dim, head_dim) fp64."""
 
     def attend_and_note(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        grouped = queries.double().unflatten(1, (keys.shape[1], -1)).transpose(0, 1).flatten(1, 3)
+        grouped = torch.unflatten(queries.double(), 1, (keys.shape[1], -1)).transpose(0, 1).flatten(1, 3)
         moments.append(grouped.mT @ grouped / grouped.shape[1])
         return attend(queries, keys, values)
 

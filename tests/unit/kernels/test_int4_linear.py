@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ryzen_llm.kernels import int4_linear as module
 from ryzen_llm.kernels.hardware import cpu_features
+from ryzen_llm.kernels.int4_linear import int4_linear, pack_int4
 
-module = importlib.import_module(
-    "ryzen_llm.kernels.int4_linear"
-)  # the package exports a function of its name
 needs_avx512_bf16 = pytest.mark.skipif(
     not cpu_features().avx512_bf16, reason="this CPU has no AVX512-BF16, which the C++ form is written for"
 )
