@@ -287,6 +287,7 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
     axes.axhline(1, color="tab:red", linewidth=0.5)
     axes.set(
         yscale="log",
+        ylim=(0.02, 300),  # what destroys the model is off the plot
         xlabel="dense bf16 bytes over resident bytes",
         ylabel="increase of perplexity, %",
         title=f"{found['model']}: embedding size against quality",

@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -183,7 +184,11 @@ def measure(
                     found[name][category].update(figures)
             for name, text in texts.items():
                 found[name][category]["same_ids"] += text == texts[next(iter(arms))]
-    return {name: {"categories": {c: dict(f) for c, f in sums.items()}} for name, sums in found.items()}
+    date = datetime.now(UTC).date().isoformat()
+    return {
+        name: {"date": date, "categories": {category: dict(figures) for category, figures in sums.items()}}
+        for name, sums in found.items()
+    }
 
 
 def show(arms: Mapping[str, Any], console: Console) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ryzen_llm.cache.base import AttentionShape, Format, KeyTransform, LayerFormat
+from ryzen_llm.cache.base import AttentionShape, Format, LayerFormat, Transform
 from ryzen_llm.cache.dense import Dense
 from ryzen_llm.cache.fp8 import Fp8
 from ryzen_llm.cache.int4 import Int4
@@ -62,9 +62,9 @@ __all__ = [
     "AttentionShape",
     "Format",
     "KVCache",
-    "KeyTransform",
     "LayerCache",
     "LayerFormat",
+    "Transform",
     "build_cache",
     "check_names",
     "load_cache",

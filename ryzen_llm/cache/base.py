@@ -47,20 +47,26 @@ class Format(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class KeyTransform:
-    """What is done to a layer's keys before they are stored, measured on text: (k - offset) * scale.
+class Transform:
+    """What is done to a layer's keys, or values, before they are stored, in place of a rotation.
 
-    Queries are divided by `scale` in turn. A part of the score that is the same for every key does nothing in
-    a softmax, so q · offset is left out. With scale = (mean q² / mean (k - offset)²)^¼ for each channel,
-    rounding costs the scores least (SmoothQuant's idea, Xiao et al. 2022, arXiv:2211.10438, for keys).
+    (x - offset) @ matrix is stored. It is undone for free: queries are multiplied by the inverse, transposed,
+    and q · offset, the same for every key, does nothing in a softmax; the context is multiplied by the
+    inverse of the values' matrix, and their offset added.
 
     Attributes:
         offset: (kv_heads, 1, head_dim) fp32.
-        scale: The same shape, positive.
+        matrix: (kv_heads, head_dim, head_dim) fp32.
+        inverse: The same, of `matrix`.
     """
 
     offset: Tensor
-    scale: Tensor
+    matrix: Tensor
+    inverse: Tensor
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Offset, matrix and inverse on `device`."""
+        return self.offset.to(device), self.matrix.to(device), self.inverse.to(device)
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,11 @@ class LayerFormat:
         sinks: How many of the first tokens are kept as they are, too: attention leans on them whatever they
             say (Xiao et al. 2023, arXiv:2309.17453), and their keys are the most extreme.
         key_transform: Measured by `KVCacheOptimizer`; None for none.
+        value_transform: The same for the values.
     """
 
     keys: Format
     values: Format
     sinks: int = 0
-    key_transform: KeyTransform | None = None
+    key_transform: Transform | None = None
+    value_transform: Transform | None = None

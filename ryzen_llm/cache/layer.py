@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ryzen_llm.cache.base import LayerFormat
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import Stored, cached_attention, hadamard
+from ryzen_llm.kernels import Stored, cached_attention, hadamard, rotate
 
 RING_SLACK = 128
 """How many tokens a ring buffer holds beyond its window: as many can be added or rolled back at once."""
@@ -49,10 +49,9 @@ class LayerCache:
         self.values = format.values.empty(shape, dtype, device)
         # The last slot takes every later token's, so that writing needs no branch.
         sinks = (batch_size, kv_heads, format.sinks + 1, head_dim)
-        transform = format.key_transform
-        self.key_transform = (
-            () if transform is None else (transform.offset.to(device), transform.scale.to(device))
-        )
+        key_transform, value_transform = format.key_transform, format.value_transform
+        self.key_transform = None if key_transform is None else key_transform.to(device)
+        self.value_transform = None if value_transform is None else value_transform.to(device)
         self.sinks = (
             tuple(torch.zeros(sinks, dtype=dtype, device=device) for _ in range(2)) if format.sinks else ()
         )
@@ -60,9 +59,13 @@ class LayerCache:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that it holds."""
-        return [
-            part for part in (*self.keys, *self.values, *self.sinks, *self.key_transform) if part is not None
-        ]
+        parts = (*self.keys, *self.values, *self.sinks, *self.transforms)
+        return [part for part in parts if part is not None]
+
+    @property
+    def transforms(self) -> list[Tensor]:
+        """Offset, matrix and inverse of the keys' transform and of the values', as far as there are any."""
+        return [*(self.key_transform or ()), *(self.value_transform or ())]
 
     @property
     def num_slots(self) -> int:
@@ -117,16 +120,15 @@ class LayerCache:
             for buffer, new in zip(self.sinks, (keys, values), strict=True):
                 _write(buffer, new, held)
         if self.key_transform:
-            offset, scale = self.key_transform
-            keys = ((keys - offset) * scale).to(queries.dtype)
-            grouped = torch.unflatten(queries, 1, (keys.shape[1], -1))
-            queries = torch.flatten(grouped / scale[:, None], 1, 2).to(queries.dtype)
-        if self.format.keys.rotated:
+            inverse = self.key_transform[2]
+            grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), inverse.mT[:, None])
+            queries = torch.flatten(grouped, 1, 2).to(queries.dtype)
+            keys = self._stored_keys(keys)
+        elif self.format.keys.rotated:
             # One product for both; the scores stay the same.
             rotated = hadamard(torch.cat((queries, keys), 1)).to(queries.dtype)
             queries, keys = torch.split(rotated, [queries.shape[1], keys.shape[1]], 1)
-        if self.format.values.rotated:
-            values = hadamard(values)
+        values = self._stored_values(values)
         slots = positions % self.ring if self.ring else positions
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
@@ -140,21 +142,33 @@ class LayerCache:
         context = cached_attention(
             queries, self.keys, self.values, positions, ring=self.ring, window=self.window, sinks=sinks
         )
-        return hadamard(context).to(queries.dtype) if self.format.values.rotated else context
+        if self.value_transform:
+            offset, _, inverse = self.value_transform
+            grouped = rotate(torch.unflatten(context, 1, (keys.shape[1], -1)), inverse[:, None])
+            context = torch.flatten(grouped + offset[:, None], 1, 2)
+        elif self.format.values.rotated:
+            context = hadamard(context)
+        return context.to(queries.dtype)
+
+    def _stored_keys(self, keys: Tensor) -> Tensor:
+        """What the format is given to encode for `keys`."""
+        if self.key_transform:
+            offset, matrix, _ = self.key_transform
+            return rotate(keys - offset, matrix).to(keys.dtype)
+        return hadamard(keys).to(keys.dtype) if self.format.keys.rotated else keys
+
+    def _stored_values(self, values: Tensor) -> Tensor:
+        if self.value_transform:
+            offset, matrix, _ = self.value_transform
+            return rotate(values - offset, matrix)
+        return hadamard(values) if self.format.values.rotated else values
 
     def _sinks_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The first tokens, transformed and rotated as the others are."""
+        """The first tokens, transformed as the others are."""
         if not self.sinks:
             return None
-        count = self.format.sinks
-        keys, values = (buffer[:, :, :count] for buffer in self.sinks)
-        if self.key_transform:
-            offset, scale = self.key_transform
-            keys = ((keys - offset) * scale).to(dtype)
-        return (
-            hadamard(keys).to(dtype) if self.format.keys.rotated else keys,
-            hadamard(values).to(dtype) if self.format.values.rotated else values,
-        )
+        keys, values = (buffer[:, :, : self.format.sinks] for buffer in self.sinks)
+        return self._stored_keys(keys).to(dtype), self._stored_values(values).to(dtype)
 
     def _check(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         batch, kv_heads = self.keys.codes.shape[:2]

@@ -1,9 +1,10 @@
 """The model over a fixed number of tokens of each text: one compiled graph for each such width."""
 
 import time
+import types
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,19 @@ MOST_GRAPHS = 64
 
 
 class Outcome(NamedTuple):
-    """(batch, width, vocab_size) logits and (batch, width, hidden_size) hidden states."""
+    """What a pass gives.
+
+    Attributes:
+        logits: (batch, width, vocab_size).
+        hidden_states: (batch, width, hidden_size).
+        likeliest: (batch, width) int64, the tokens with the largest logits.
+        finite: A scalar, whether all logits are.
+    """
 
     logits: Tensor
     hidden_states: Tensor
+    likeliest: Tensor
+    finite: Tensor
 
 
 class FixedWidthPass:
@@ -33,7 +43,14 @@ class FixedWidthPass:
         self.model = model
         self.device = device
         self.compile = compile
-        self._run = torch.compile(self._forward, fullgraph=True, dynamic=False) if compile else self._forward
+        self._run = self._forward
+        if compile:
+            # The compiler keeps what it compiled by code, and the model is not looked at again: so each pass
+            # needs code of its own.
+            code = FixedWidthPass._forward.__code__.replace()
+            forward = types.MethodType(types.FunctionType(code, globals(), code.co_name), self)
+            options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _can_change}
+            self._run = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
@@ -84,4 +101,16 @@ class FixedWidthPass:
 
     def _forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Outcome:
         hidden_states = self.model.run_blocks(tokens, positions, layers)
-        return Outcome(self.model.logits(hidden_states), hidden_states)
+        logits = self.model.logits(hidden_states)
+        return Outcome(logits, hidden_states, logits.argmax(-1), logits.isfinite().all())
+
+
+def _can_change(guards: Sequence[Any]) -> list[bool]:
+    """Which of the compiler's assumptions to check at each call: those on the arguments.
+
+    The model is this pass's own and never changes; checking its hundreds of modules takes a millisecond.
+    """
+    return [
+        not guard.name or guard.name.startswith(("L['tokens']", "L['positions']", "L['layers']"))
+        for guard in guards
+    ]

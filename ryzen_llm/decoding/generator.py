@@ -13,6 +13,7 @@ from ryzen_llm.cache import KVCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.drafters import Drafter
 from ryzen_llm.decoding.fixed_width import FixedWidthPass
 from ryzen_llm.decoding.generation import Generation, require_finite
+from ryzen_llm.decoding.huge_pages import move_to_huge_pages
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
 from ryzen_llm.decoding.weights import KINDS, quantise_weights
@@ -78,6 +79,9 @@ class Generator:
         self.model.replace_embedding(embedding)
         if weights in KINDS:
             quantise_weights(self.model, weights)
+        shared = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        move_to_huge_pages(tensor for tensor in tensors if tensor.data_ptr() not in shared)
         # Asking for one graph is an error where the user has switched the compiler off.
         disabled = torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1"
         self.fixed_width = FixedWidthPass(self.model, self.device, compile and not disabled)
@@ -134,11 +138,11 @@ class Generator:
         interval = 1 if self.device.type == "cpu" or on_token is not None else STOP_CHECK_INTERVAL
         hidden_states = self.model.run_blocks(input_ids, cache.append(prompt_length), cache.layers)
         logits = self.model.logits(hidden_states[:, -1])
-        finite = logits.isfinite().all()
+        finite, likeliest = logits.isfinite().all(), logits.argmax(-1)
         new_ids: list[Tensor] = []
         first_token_at = started
         while True:
-            token = sampling.sample(logits, rng)
+            token = likeliest if temperature == 0 else sampling.sample(logits, rng)
             new_ids.append(torch.where(stopped, new_ids[-1], token) if new_ids else token)
             if len(new_ids) == 1:
                 first_token_at = self._now()
@@ -150,8 +154,9 @@ class Generator:
                     break
             if len(new_ids) == max_new_tokens:
                 break
-            logits = self.fixed_width(new_ids[-1][:, None], cache).logits[:, 0]
-            finite &= logits.isfinite().all()
+            outcome = self.fixed_width(new_ids[-1][:, None], cache)
+            logits, likeliest = outcome.logits[:, 0], outcome.likeliest[:, 0]
+            finite &= outcome.finite
 
         seconds = self._now() - first_token_at
         require_finite(finite, self.dtype)

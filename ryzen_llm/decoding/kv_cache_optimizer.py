@@ -11,12 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ryzen_llm.cache import BLOCK, CACHES, KeyTransform, KVCache, LayerFormat, build_cache
+from ryzen_llm.cache import BLOCK, CACHES, KVCache, LayerFormat, Transform, build_cache
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import hadamard
 from ryzen_llm.model import Transformer
 
 CANDIDATES = ("int8", "k8v4", "int4-sinks")
 """From the most bytes to the fewest; before all of them comes dense."""
+LEAST_SHARE = 1e-3
+"""Of the mean variance, that every direction is taken to have at least."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class CacheChoice:
 
     Attributes:
         names: Each layer's format by name.
-        formats: The same with the measured key transforms, for `Generator(cache=...)`.
+        formats: The same with the measured transforms, for `Generator(cache=...)`.
         bytes_per_token: Of all layers.
         saving: Share of the bytes per token of a dense cache in bf16.
         kl: Measured mean KL divergence from the dense model on the calibration text, in nats a token.
@@ -61,8 +64,8 @@ class KVCacheOptimizer:
     """Picks formats for a model's layers within a budget of memory or quality.
 
     Each layer is measured in each format while the others stay dense; then, from dense on, the change with
-    the least divergence for the bytes that it saves is made, one after the other. Keys of 4 bits get a
-    `KeyTransform` measured on the same text.
+    the least divergence for the bytes that it saves is made, one after the other. Keys and values of
+    4 bits get a `Transform` measured on the same text.
 
     Args:
         model: The model, left as it is.
@@ -82,15 +85,10 @@ class KVCacheOptimizer:
         self._costs: list[LayerCost] | None = None
         with torch.inference_mode():
             self._dense_logits = self._logits(["dense"] * model.config.num_layers)
-            transforms = self._key_transforms()
+            transforms = self._transforms()
         self._formats = [
-            {
-                name: dataclasses.replace(CACHES[name], key_transform=transform)
-                if CACHES[name].keys.rotated
-                else CACHES[name]
-                for name in ("dense", *CANDIDATES)
-            }
-            for transform in transforms
+            {name: _with_transforms(CACHES[name], *pair) for name in ("dense", *CANDIDATES)}
+            for pair in transforms
         ]
 
     @torch.inference_mode()
@@ -121,7 +119,7 @@ class KVCacheOptimizer:
         return best
 
     def formats(self, names: Sequence[str]) -> tuple[LayerFormat, ...]:
-        """Formats by name with this model's key transforms."""
+        """Formats by name with this model's transforms."""
         return tuple(layer[name] for layer, name in zip(self._formats, names, strict=True))
 
     def _path(self) -> list[list[str]]:
@@ -209,31 +207,82 @@ class KVCacheOptimizer:
         cache.reserve(BLOCK)
         return (cache.bytes_allocated - fixed) / BLOCK / len(cache.layers)
 
-    def _key_transforms(self) -> list[KeyTransform]:
+    def _transforms(self) -> list[tuple[Transform, Transform]]:
+        """Of each layer's keys and values."""
         cache = self._cache(["dense"] * self.model.config.num_layers)
-        squares: list[Tensor] = []
+        moments: list[Tensor] = []
         for layer in cache.layers:
-            layer.attend = _recording(layer.attend, squares)  # type: ignore[method-assign, assignment]
+            layer.attend = _recording(layer.attend, moments)  # type: ignore[method-assign, assignment]
         self.model(self.calibration, cache)
         transforms = []
-        for layer, query_square in zip(cache.layers, squares, strict=True):
-            keys = layer.keys.codes[:, :, CACHES["int4-sinks"].sinks : cache.length].float()
-            offset = keys.mean((0, 2))[:, None]
-            key_square = (keys - offset).square().mean((0, 2))[:, None]
-            ratio = query_square.clamp(min=1e-12) / key_square.clamp(min=1e-12)
-            transforms.append(KeyTransform(offset, ratio**0.25))
+        for layer, block, queries in zip(cache.layers, self.model.blocks, moments, strict=True):
+            # Sinks are stored as they are, too, and are too unlike other keys to have a say here.
+            keys, values = (
+                stored.codes[:, :, CACHES["int4-sinks"].sinks : cache.length].double().transpose(0, 1)
+                for stored in (layer.keys, layer.values)
+            )
+            output = block.get_parameter("attention.o_proj.weight").detach().double()
+            heads = output.T.reshape(len(keys), -1, layer.head_dim, len(output))
+            transforms.append((_transform(keys, queries), _transform(values, (heads @ heads.mT).sum(1))))
         return transforms
+
+
+def _with_transforms(format: LayerFormat, keys: Transform, values: Transform) -> LayerFormat:
+    return dataclasses.replace(
+        format,
+        key_transform=keys if format.keys.rotated else None,
+        value_transform=values if format.values.rotated else None,
+    )
+
+
+def _transform(x: Tensor, readers: Tensor) -> Transform:
+    """The transform under which rounding x costs least, for x (kv_heads, batch, time, head_dim) fp64.
+
+    What reads x are vectors r with second moments `readers` (kv_heads, head_dim, head_dim): r · x matters.
+    After a transform A its error of r · x is about |r A⁻¹|² |A x|². With C the covariance of x and R =
+    readers, tr(A⁻ᵀ R A⁻¹) tr(A C Aᵀ) is least where AᵀA is M with M C M = R, the geometric mean of R and C⁻¹.
+    What rotation A has left is chosen so that all channels have the same variance: the principal axes, then
+    Hadamard. With diagonal matrices only, this is SmoothQuant's balance (Xiao et al. 2022, arXiv:2211.10438).
+    """
+    x = x.flatten(1, 2)
+    offset = x.mean(1, keepdim=True)
+    covariance = _regular((x - offset).mT @ (x - offset) / x.shape[1])
+    root = _power(covariance, 0.5)
+    inverse_root = _power(covariance, -0.5)
+    mean = inverse_root @ _power(root @ _regular(readers) @ root, 0.5) @ inverse_root
+    stretch = _power(mean, 0.5)
+    axes = torch.linalg.eigh(stretch @ covariance @ stretch).eigenvectors
+    matrix = hadamard(stretch @ axes)
+    return Transform(
+        offset.float(), matrix.contiguous(), torch.linalg.inv(matrix.double()).float().contiguous()
+    )
+
+
+def _regular(moments: Tensor) -> Tensor:
+    """With a little of the same in all directions, so that none that the text did not have counts nothing."""
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)[:, None, None]
+    return moments + LEAST_SHARE * mean * torch.eye(
+        moments.shape[-1], dtype=moments.dtype, device=moments.device
+    )
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Of symmetric positive matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    powers = values.clamp(min=1e-24).pow(exponent)
+    result: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
+    return result
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _recording(attend: Attend, squares: list[Tensor]) -> Attend:
-    """`attend` that also notes the queries' mean squares, (kv_heads, 1, head_dim)."""
+def _recording(attend: Attend, moments: list[Tensor]) -> Attend:
+    """`attend` that also notes the queries' second moments, (kv_heads, head_dim, head_dim) fp64."""
 
     def attend_and_note(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        grouped = torch.unflatten(queries.float(), 1, (keys.shape[1], -1))
-        squares.append(grouped.square().mean((0, 2, 3))[:, None])
+        grouped = torch.unflatten(queries.double(), 1, (keys.shape[1], -1)).transpose(0, 1).flatten(1, 3)
+        moments.append(grouped.mT @ grouped / grouped.shape[1])
         return attend(queries, keys, values)
 
     return attend_and_note

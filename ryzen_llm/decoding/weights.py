@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels.int4_linear import GROUP, PackedInt4, int4_linear, pack_int4
 from ryzen_llm.kernels.linear_on_gpu import (
     int4_linear_on_gpu,
     int8_linear_on_gpu,
@@ -16,8 +17,6 @@ from ryzen_llm.kernels.linear_on_gpu import (
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import DenseEmbedding
 
-GROUP = 32
-"""Input channels that share a scale and a zero point in 4 bits."""
 MOST_PACKED_ROWS = 64
 """With more rows than that, weights are cheaper to convert than to multiply as they are."""
 _HAS_TRITON = find_spec("triton") is not None
@@ -52,32 +51,32 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """weight ≈ (codes - 8) * scale + zero for groups of 32 inputs, codes of 4 bits.
+    """weight ≈ codes * scale + minimum for groups of 32 inputs, codes of 4 bits, by `kernels.int4_linear`.
 
-    By torch's packed op for CPU. Raises InputError elsewhere, and for sizes that the op does not take.
+    Raises InputError where there is no CPU, and for sizes that the kernel does not take.
     """
 
     def __init__(self, linear: nn.Linear, name: str) -> None:
         super().__init__()
         if linear.weight.device.type != "cpu":
-            raise InputError(f"weights int4 need a CPU, not {linear.weight.device.type}: choose int8 or bf16")
+            raise InputError(
+                f"weights int4 need a CPU or CUDA, not {linear.weight.device.type}: choose int8 or bf16"
+            )
         _require_multiple(name, linear, "in_features", GROUP, "int4")
         _require_multiple(name, linear, "out_features", 16, "int4")
         groups = linear.weight.detach().float().view(linear.out_features, -1, GROUP)
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale = ((high - low) / 15).clamp(min=1e-6).bfloat16()
-        zero = (low + 8 * scale.float()).bfloat16()
-        codes = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round() + 8
-        codes = codes.clamp(0, 15).to(torch.int32).view(linear.out_features, -1)
-        self.codes = nn.Buffer(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        self.scales_and_zeros = nn.Buffer(torch.stack((scale.T, zero.T), -1).contiguous())
+        minimum = groups.amin(-1).bfloat16()
+        scale = ((groups.amax(-1) - minimum.float()) / 15).clamp(min=1e-6).bfloat16()
+        codes = ((groups - minimum.float()[..., None]) / scale.float()[..., None]).round()
+        packed = pack_int4(codes.clamp(0, 15).to(torch.uint8), scale, minimum)
+        self.codes = nn.Buffer(packed.codes)
+        self.factors = None if packed.factors is None else nn.Buffer(packed.factors)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) bf16 -> (..., out_features) bf16."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.codes, GROUP, self.scales_and_zeros)
-        return _finish(y, self.bias, x)
+        y = int4_linear(x, PackedInt4(self.codes, self.factors))
+        return y if self.bias is None else y + self.bias
 
 
 class Int4LinearOnGpu(nn.Module):

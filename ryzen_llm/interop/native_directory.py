@@ -48,17 +48,14 @@ def parse_native(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def load_native(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> Transformer:
-    """The model (on the CPU, in eval mode) with the weights of `source`; the embedding's stay as they are.
+    """The model (on the CPU, in eval mode) with the weights of `source` in `dtype`; codes stay as they are.
 
     Raises InputError that lists the tensors that are missing, not expected or of another shape.
     """
     state = model_without_memory(config, source.where).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(expected, source)
-    model = Transformer(config)
-    for name, module in model.named_children():
-        if f"{name}." != _EMBEDDING:
-            module.to(dtype)
+    model = Transformer(config).to(dtype)
     with torch.no_grad():
         for name, place in model.state_dict().items():
             place.copy_(source.read(name))

@@ -7,7 +7,7 @@ from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
 from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, swiglu
-from ryzen_llm.kernels.hadamard import hadamard
+from ryzen_llm.kernels.hadamard import hadamard, rotate
 from ryzen_llm.kernels.hardware import (
     CpuCaches,
     CpuFeatures,
@@ -52,6 +52,7 @@ __all__ = [
     "rms_norm",
     "rotary_qkv",
     "rotary_table",
+    "rotate",
     "supports_bf16",
     "swiglu",
     "unpack",

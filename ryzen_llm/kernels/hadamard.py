@@ -13,13 +13,17 @@ def hadamard(x: Tensor) -> Tensor:
     """
     size = x.shape[-1]
     block = math.gcd(size, 256)
-    matrix = _matrix(block, x.device)
-    rows = x.float().reshape(*x.shape[:-1], size // block, block)
+    rows = x.reshape(*x.shape[:-1], size // block, block)
+    return rotate(rows, _matrix(block, x.device)).reshape(x.shape)
+
+
+def rotate(x: Tensor, matrix: Tensor) -> Tensor:
+    """x M in fp32: `x` (..., rows, size), `matrix` (..., size, size) fp32, whose leading sizes broadcast."""
     if torch.compiler.is_compiling():
         # Multiply-and-sum, so that Inductor fuses it with what comes before and after: for the few rows of a
         # decoding step that is cheaper than a call into a matrix library.
-        return (rows[..., None, :] * matrix).sum(-1).reshape(x.shape)
-    return torch.matmul(rows, matrix).reshape(x.shape)
+        return (x.float()[..., None, :] * matrix.mT[..., None, :, :]).sum(-1)
+    return torch.matmul(x.float(), matrix)
 
 
 _MATRICES: dict[tuple[int, torch.device], Tensor] = {}  # a dict, since Dynamo sees through functools.cache

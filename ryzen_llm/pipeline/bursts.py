@@ -20,15 +20,13 @@ _LARGEST_SHARE = 0.05
 
 
 class SpeedBursts(Callback):
-    """Logs `speedup` and `compression_ratio` at the ends of epochs, where the collector takes them up.
+    """Logs `speedup` at the ends of epochs, where the collector takes it up.
 
     `speedup` is the time of forward and backward of the epoch's last batch in eager fp32 with all logits at
     once, over that in this run's own recipe, both with the weights as they are: two paired rounds, too few
     for an interval (the claims have one). It changes neither weights, gradients nor random numbers. An epoch
-    is left out where the bursts would take more than 5% of the time since training began, and all are with
-    several processes, each of which has a part of the work only.
-
-    `compression_ratio` is the bytes of a dense fp32 table over those of the embedding being trained.
+    is left out where the bursts would take more than 5% of the time since training began. Nothing is logged
+    with several processes.
     """
 
     def __init__(self) -> None:
@@ -48,14 +46,12 @@ class SpeedBursts(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log."""
-        if not isinstance(pl_module, LanguageModule):
+        # With several processes each has a part of the work only.
+        if not isinstance(pl_module, LanguageModule) or trainer.world_size > 1:
             return
-        model = pl_module.model
-        dense = model.config.vocab_size * model.config.hidden_size * torch.float32.itemsize
-        pl_module.log("compression_ratio", dense / model.embedding.bytes_resident, sync_dist=True)
         started = time.perf_counter()
         affordable = self._spent <= _LARGEST_SHARE * (started - self._started)
-        if self._batch is None or trainer.world_size > 1 or not affordable:
+        if self._batch is None or not affordable:
             return
         try:
             pl_module.log("speedup", _measure(trainer, pl_module, self._batch))

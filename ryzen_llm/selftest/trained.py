@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.model import Transformer
+from ryzen_llm.model.embedding import Calibration, QuantizedEmbedding
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,16 @@ class Trained:
         """Up to 16 tokens of validation text, (1, time) int64, on the model's device."""
         longest = max(1, self.model.config.max_position_embeddings // 2)
         return self.val_batches[0][:1, : min(16, longest)].to(self.device)
+
+
+def with_quantised_embedding(trained: Trained) -> Transformer:
+    """The model with its embedding in 6 bits a number; one that was trained compressed is only packed."""
+    model = copy.deepcopy(trained.model)
+    config = model.config
+    if config.embedding == "dense":
+        calibration = Calibration.uniform(config.vocab_size, config.hidden_size)
+        weight = model.embedding.dense_weight().cpu()
+        model.replace_embedding(QuantizedEmbedding.from_dense(weight, calibration, bits=6).to(trained.device))
+    else:
+        model.replace_embedding(model.embedding.compressed())
+    return model

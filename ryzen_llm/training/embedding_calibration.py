@@ -110,17 +110,14 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in others}
     for row in input_ids.to(model.norm.weight.device):
         reference = model.hidden_states(row[None])[0, :-1]
-        targets = row[1:]
-        parts = torch.split(torch.arange(len(targets), device=row.device), 256)
-        for name, other in others.items():
-            states = other.hidden_states(row[None])[0, :-1]
-            for at in parts:
-                log_p, log_q = (
-                    m.logits(h[at]).float().log_softmax(-1) for m, h in ((model, reference), (other, states))
-                )
+        states = {name: other.hidden_states(row[None])[0, :-1] for name, other in others.items()}
+        for at in torch.split(torch.arange(len(reference), device=row.device), 256):
+            log_p, targets = model.logits(reference[at]).float().log_softmax(-1), row[1:][at]
+            for name, other in others.items():
+                log_q = other.logits(states[name][at]).float().log_softmax(-1)
                 found = (
-                    F.nll_loss(log_p, targets[at], reduction="sum"),
-                    F.nll_loss(log_q, targets[at], reduction="sum"),
+                    F.nll_loss(log_p, targets, reduction="sum"),
+                    F.nll_loss(log_q, targets, reduction="sum"),
                     F.kl_div(log_q, log_p, log_target=True, reduction="sum"),
                     (log_p.argmax(-1) == log_q.argmax(-1)).sum(),
                 )

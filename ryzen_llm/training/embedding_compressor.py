@@ -95,7 +95,8 @@ class EmbeddingCompressor:
         found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
         tiers = allocate_bits(self.weight, self.calibration, available)
         found.append((QuantizedEmbedding, {"bits": tiers}))
-        bits = int((available / vocab_size - 2) * 8 / hidden_size)
+        # Beside a row's codes there is its scale, and beside all rows the signs of the rotation.
+        bits = int(((available - hidden_size) / vocab_size - 2) * 8 / hidden_size)
         if 1 <= bits <= 8:
             found.append((QuantizedEmbedding, {"bits": bits}))
         if rank := available // (2 * (vocab_size + hidden_size)):

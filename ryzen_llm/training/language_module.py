@@ -77,9 +77,10 @@ class LanguageModule(pl.LightningModule):
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
-    def on_train_epoch_end(self) -> None:
+    def on_train_epoch_start(self) -> None:
         """Log `compression_ratio`: bytes of a dense bf16 embedding over those of the one to be kept."""
-        self.log("compression_ratio", self.model.embedding.compression_ratio, logger=False)
+        if self.device_mesh is None:  # else each process has a part of the embedding only
+            self.log("compression_ratio", self.model.embedding.compression_ratio)
 
     def _evaluate(self, batch: Tensor) -> None:
         targets = batch[:, 1:]

@@ -77,7 +77,14 @@ def test_a_checkpoint_from_elsewhere_is_measured_in_a_folder_of_its_own(
     finished: Path, corpus: Path, train: Train, tmp_path: Path
 ) -> None:
     checkpoint = finished / "checkpoints" / "step=40.ckpt"
-    assert train(alone(corpus, tmp_path / "own", "testing", checkpoint=checkpoint)) == 0
+    assert (
+        train(
+            alone(
+                corpus, tmp_path / "own", "testing", checkpoint=checkpoint, data__cache_dir=tmp_path / "cache"
+            )
+        )
+        == 0
+    )
     final = report(tmp_path / "own", "phase2_final_report")
     assert final["checkpoint"] == str(checkpoint)
     assert final["tests"]["total"] == 16

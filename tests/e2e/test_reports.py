@@ -125,7 +125,7 @@ def expected_status(result: dict[str, Any]) -> str:
         sound = control["ci_low"] <= 1 <= control["ci_high"]
         quiet = control["ci_high"] / control["ci_low"] <= 1.5  # OptimizationValidator's control_limit
         return status if (sound and quiet) or status != "PASS" else "WARNING"
-    if result["metric"] == "saving":
+    if result["metric"] in ("saving", "ratio"):
         return "PASS" if low >= threshold * (1 - tolerance) else "FAIL"
     line = threshold * (1 + tolerance)
     return "PASS" if high <= line else "FAIL" if low > line else "WARNING"
@@ -156,9 +156,10 @@ def test_verdicts_follow_from_their_samples(finished: Path) -> None:
                 tuple(control), rel=1e-9
             )
             centre = statistics.median
-        elif result["metric"] == "saving":
+        elif result["metric"] in ("saving", "ratio"):
             ((baseline, optimized),) = pairs
-            expected = (1 - optimized / baseline,) * 3
+            ratio = baseline / optimized
+            expected = (ratio if result["metric"] == "ratio" else 1 - 1 / ratio,) * 3
             centre = statistics.median
         else:
             mean = statistics.fmean(samples["baseline"])

@@ -2,11 +2,10 @@
 
 import copy
 
-import pytest
 import torch
 
-from ryzen_llm.decoding import Generator
-from ryzen_llm.selftest.trained import Trained
+from ryzen_llm.decoding import Generator, SpeculativeDecoder
+from ryzen_llm.selftest.trained import Trained, with_quantised_embedding
 from ryzen_llm.training import OptimizerConfig, build_adamw
 
 
@@ -40,5 +39,18 @@ def test_training_pipeline_execution(trained: Trained) -> None:
     assert all(torch.equal(p, q) for p, q in zip(trained.model.parameters(), before, strict=True))
 
 
-def test_complete_optimization_chain() -> None:
-    pytest.skip("KernelOptimizer and EmbeddingCompressor are not built yet")
+def test_complete_optimization_chain(trained: Trained) -> None:
+    """Quantised embedding, 8-bit cache and drafts together: the same text as undrafted, and little lost."""
+    model = with_quantised_embedding(trained)
+    generator = Generator(model, weights="fp32", cache="int8")
+    plain, drafted = (
+        SpeculativeDecoder(generator, drafter, widths=[4]).generate(
+            trained.prompt, max_new_tokens=trained.new_tokens
+        )
+        for drafter in ([], ["suffix"])
+    )
+    assert plain.new_ids.tolist() == drafted.new_ids.tolist()
+    batch = trained.val_batches[0][:2].to(trained.device)
+    with torch.no_grad():
+        losses = [float(m.loss(batch[:, :-1], batch[:, 1:])[0]) for m in (trained.model, model)]
+    assert losses[1] < losses[0] * 1.05

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from ryzen_llm.cache import build_cache
+from ryzen_llm.decoding import Generator, SpeculativeDecoder
 from ryzen_llm.kernels import PLAIN
 from ryzen_llm.model.embedding import FactorizedEmbedding
-from ryzen_llm.selftest.trained import Trained
+from ryzen_llm.selftest.trained import Trained, with_quantised_embedding
 
 
 def test_kernels_with_compression(trained: Trained) -> None:
@@ -56,5 +57,13 @@ def test_kv_cache_with_kernels(trained: Trained) -> None:
     assert error < 0.05, f"the logits are off by {error:.2%} of their spread"
 
 
-def test_compression_with_speculation() -> None:
-    pytest.skip("EmbeddingCompressor is not built yet")
+def test_compression_with_speculation(trained: Trained) -> None:
+    """Drafts or none on a model with a quantised embedding: the same ids."""
+    generator = Generator(with_quantised_embedding(trained), weights="fp32")
+    plain, speculative = (
+        SpeculativeDecoder(generator, drafter, widths=[4]).generate(
+            trained.prompt, max_new_tokens=trained.new_tokens
+        )
+        for drafter in ([], ["suffix"])
+    )
+    assert plain.new_ids.tolist() == speculative.new_ids.tolist()

@@ -113,10 +113,25 @@ def test_a_combination_that_no_architecture_has_is_refused(directory: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def compressed(directory: Path) -> tuple[Transformer, Any]:
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "factorized": {"rank": 4},
+    "hashed": {"buckets": 20},
+    "product": {"width": 4, "entries": 16},
+    "quantized": {"bits": 4, "packed": True},
+}
+
+
+@pytest.fixture(params=COMPRESSED)
+def compressed(request: pytest.FixtureRequest, directory: Path) -> tuple[Transformer, Any]:
+    kind = request.param
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**SHAPE, embedding="factorized", embedding_settings={"rank": 4}))
+    model = Transformer(ModelConfig(**SHAPE, embedding=kind, embedding_settings=COMPRESSED[kind]))
+    with torch.no_grad():
+        for tensor in model.embedding.state_dict().values():
+            if tensor.dtype == torch.uint8 and kind == "quantized":  # zero until something is compressed
+                tensor.random_(256)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=0.2)
     return model.eval(), load_pretrained(directory)[1]
 
 
@@ -142,12 +157,19 @@ def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
     again, same_tokenizer = load_pretrained(exported)
     assert same_tokenizer.to_json() == tokenizer.to_json()
     assert again.config == model.config
-    assert torch.equal(again.embedding.state_dict()["codes"], model.embedding.state_dict()["codes"])
+    theirs = again.embedding.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.embedding.state_dict().items())
     assert torch.equal(again.norm.weight, model.norm.weight.to(torch.bfloat16).float())
     with pytest.raises((ValueError, KeyError), match="ryzen_llm"):
         transformers.AutoModelForCausalLM.from_pretrained(exported)
+    in_half, _ = load_pretrained(exported, "bf16")
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        agreement = torch.nn.functional.cosine_similarity(in_half(ids).float(), again(ids), dim=-1)
+    assert agreement.min() > 0.99
 
 
+@pytest.mark.parametrize("compressed", ["factorized"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -156,6 +178,8 @@ def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
         ({"hidden_size": 64}, "of another shape"),
         ({"hidden_size": 2**30, "head_dim": 8}, "of another shape|its sizes make no model"),
         ({"embedding": "unknown"}, "model.embedding is 'unknown'"),
+        ({"embedding_settings": {"rank": 5}}, "of another shape"),
+        ({"embedding_settings": {"rank": [5]}}, "rank"),
         ({"rope_scaling": {"kind": []}}, "rope_scaling"),
         ({"nonsense": 1}, "unknown model field 'nonsense'"),
     ],

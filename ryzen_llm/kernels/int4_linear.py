@@ -1,0 +1,99 @@
+"""y = x Wᵀ with weights of 4 bits, on a CPU: in C++ where it has AVX512-BF16, else by PyTorch's own op.
+
+    W[n, k] = codes[n, k] * scale[n, k // 32] + minimum[n, k // 32]
+    y[n]    = Σ_g scale[n, g] * (Σ_{k in g} x[k] * codes[n, k]) + minimum[n, g] * Σ_{k in g} x[k]
+
+with sums in fp32. A row of the result does not depend on how many rows there are, which PyTorch's op does not
+promise. Decoding one token reads every weight once and is bound by memory, so what matters is that the
+weights are one stream that is asked of memory ahead of time. The C++ layout has, for each tile of 16 outputs
+and each group of 32 inputs, 320 bytes: 256 of codes, where 16-bit word 2n + j of 64-byte part p holds the
+codes of output n and inputs 8p + j, 8p + j + 2, 8p + j + 4 and 8p + j + 6 from its low to its high bits; then
+a bf16 scale and minimum for each output.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import subprocess
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.kernels.hardware import cpu_features
+
+GROUP = 32
+TILE = 16
+
+
+@functools.cache
+def is_compiled() -> bool:
+    """Whether the C++ form is there; the first call on a machine compiles it, which takes half a minute."""
+    if not cpu_features().avx512_bf16:
+        return False
+    from torch.utils.cpp_extension import load
+
+    logging.getLogger(__name__).info("compiling the product for weights of 4 bits")
+    source = Path(__file__).with_suffix(".cpp")
+    try:
+        load(
+            name="ryzen_llm_int4_linear",
+            sources=[str(source)],
+            extra_cflags=["-O3", "-fopenmp"],
+            is_python_module=False,
+        )
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            "weights int4: the C++ product could not be compiled, PyTorch's slower one is used; it needs a "
+            f"C++ compiler and ninja ({' '.join(str(error).split())[:200]})",
+            stacklevel=2,
+        )
+        return False
+    torch.library.register_fake("ryzen_llm::int4_linear", _shape)
+    return True
+
+
+class PackedInt4(NamedTuple):
+    """Weights as `int4_linear` takes them on this machine: codes and factors, in C++ in one tensor."""
+
+    codes: Tensor
+    factors: Tensor | None
+
+
+def pack_int4(codes: Tensor, scale: Tensor, minimum: Tensor) -> PackedInt4:
+    """Lay weights out for `int4_linear`.
+
+    Args:
+        codes: (out_features, groups, 32) uint8 from 0 to 15; out_features is a multiple of 16.
+        scale: (out_features, groups) bf16.
+        minimum: The same.
+    """
+    out_features, groups, _ = codes.shape
+    if not is_compiled():
+        whole = codes.view(out_features, -1).to(torch.int32)
+        zero = (minimum.float() + 8 * scale.float()).bfloat16()
+        factors = torch.stack((scale.T, zero.T), -1).contiguous()
+        return PackedInt4(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), factors)
+    parts = codes.view(-1, TILE, groups, 4, 4, 2).to(torch.int32)  # tile, output, group, part, nibble, j
+    words = parts[..., 0, :] | parts[..., 1, :] << 4 | parts[..., 2, :] << 8 | parts[..., 3, :] << 12
+    words = words.permute(0, 2, 3, 1, 4).to(torch.uint16).flatten(2)
+    factors = torch.stack((scale, minimum), -1).view(-1, TILE, groups, 2).transpose(1, 2).flatten(2)
+    parts = torch.cat((words.view(torch.uint8), factors.contiguous().view(torch.uint8)), -1)
+    return PackedInt4(parts, None)
+
+
+def int4_linear(x: Tensor, weight: PackedInt4) -> Tensor:
+    """(..., in_features) bf16 -> (..., out_features) bf16."""
+    if weight.factors is None:
+        y: Tensor = torch.ops.ryzen_llm.int4_linear(x, weight.codes)
+        return y
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, weight.codes, GROUP, weight.factors)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _shape(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] * TILE)
