@@ -55,7 +55,7 @@ class KernelOptimizer:
         bf16: Whether training runs under bf16 autocast.
         compile: Whether training compiles the blocks.
         device: Where it will train; if not given, where the model is.
-        seconds: After these no other form is tried. Most of the time goes into compiling, which the compiler's
+        seconds: After these no other form is tried. Most of it is compiling, whose results the compiler's
             own cache keeps: an op that was not finished has the rules of thumb, and the next run goes on.
         cache_dir: Folder of the measurements; if not given, $RYZEN_LLM_CACHE or ~/.cache/ryzen_llm.
 
