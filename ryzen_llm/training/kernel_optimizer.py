@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import AUTOMATIC, CANDIDATES, KernelChoices, Workload
 from ryzen_llm.kernels.regions import ops_of
 from ryzen_llm.model import Transformer
-from ryzen_llm.training.kernel_trials import Trial, fastest, try_all
+from ryzen_llm.training.kernel_trials import OUT_OF_TIME, Trial, fastest, try_all
 
 
 class OpChoice(BaseModel):
@@ -54,6 +55,8 @@ class KernelOptimizer:
         bf16: Whether training runs under bf16 autocast.
         compile: Whether training compiles the blocks.
         device: Where it will train; if not given, where the model is.
+        seconds: After these no other form is tried. Most of it is compiling, whose results the compiler's
+            own cache keeps: an op that was not finished has the rules of thumb, and the next run goes on.
         cache_dir: Folder of the measurements; if not given, $RYZEN_LLM_CACHE or ~/.cache/ryzen_llm.
 
     Raises InputError for sizes below one.
@@ -67,6 +70,7 @@ class KernelOptimizer:
         bf16: bool = False,
         compile: bool = True,
         device: torch.device | None = None,
+        seconds: float = 15.0,
         cache_dir: Path | None = None,
     ) -> None:
         if batch_size < 1 or context < 1:
@@ -74,6 +78,7 @@ class KernelOptimizer:
         self.model = model
         compiled = compile and not torch._dynamo.config.disable  # TORCHDYNAMO_DISABLE=1
         self.workload = model.workload(batch_size, context, bf16, compiled, device)
+        self.seconds = seconds
         self.folder = (cache_dir or default_cache_dir()) / "kernels"
 
     def optimize(self, on_op: Callable[[str, int, int], None] = lambda *_: None) -> list[OpChoice]:
@@ -82,6 +87,7 @@ class KernelOptimizer:
         `on_op` is called with (op, ops done, ops in all) before each.
         """
         ops = ops_of(self.workload)
+        self._deadline = time.perf_counter() + self.seconds
         choices = []
         for done, op in enumerate(ops):
             on_op(op, done, len(ops))
@@ -124,16 +130,17 @@ class KernelOptimizer:
                     marker.write_text(name, encoding="utf-8")
 
             try:
-                trials = _quietly(op, self.workload, on_trial, fatal)
+                trials = _quietly(op, self.workload, on_trial, fatal, self._deadline)
             finally:
                 on_trial(None)
-            name = fastest(trials)
+            complete = all(trial.excluded != OUT_OF_TIME for trial in trials)
+            name = fastest(trials) if complete else None
             choice = OpChoice(
                 op=op,
                 choice=name or AUTOMATIC,
                 trials=trials,
                 measured_now=True,
-                reason=None if name else "no form could be measured",
+                reason=None if name else "no form could be measured" if complete else OUT_OF_TIME,
             )
             if writable and name:
                 write_json(path, {"key": key, "choice": choice.model_dump()})
@@ -141,7 +148,7 @@ class KernelOptimizer:
 
 
 def _quietly(
-    op: str, work: Workload, on_trial: Callable[[str | None], None], fatal: str | None
+    op: str, work: Workload, on_trial: Callable[[str | None], None], fatal: str | None, deadline: float
 ) -> list[Trial]:
     """Without a trace in the process: no compilation of the trials stays, no global generator moves."""
     # The regions of all forms share their code, and beyond 8 compilations dynamo would silently run eager;
@@ -150,7 +157,7 @@ def _quietly(
     devices = [work.device] if work.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch._dynamo.config.patch(settings):
-            return try_all(op, work, on_trial, fatal)
+            return try_all(op, work, on_trial, fatal, deadline)
     finally:
         torch._dynamo.reset()
         if work.device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,9 @@ LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2**-5}
 """Of outputs and gradients, as |difference| / |fp32 reference|; room for TF32, and for a few roundings."""
 
 
+OUT_OF_TIME = "no time was left to try it"
+
+
 class Trial(BaseModel):
     """One form of an op: how fast and how exact it was here, or why it was not used."""
 
@@ -38,13 +42,17 @@ class Trial(BaseModel):
 
 
 def try_all(
-    op: str, work: Workload, on_trial: Callable[[str | None], None], fatal: str | None = None
+    op: str,
+    work: Workload,
+    on_trial: Callable[[str | None], None],
+    fatal: str | None = None,
+    deadline: float = math.inf,
 ) -> list[Trial]:
     """Check and time every form of `op`, the plainest first; an excluded one has its reason.
 
     `on_trial` is told the name of each form before it runs for the first time, and None after the last: if
-    the process ends in between, that form ended it. `fatal` names one that did. No exception of a form gets
-    out.
+    the process ends in between, that form ended it. `fatal` names one that did. After `deadline`, on
+    `time.perf_counter`, no other form is tried. No exception of a form gets out.
     """
     trials, arms = [], {}
     expected = reference(op, work)
@@ -53,6 +61,8 @@ def try_all(
         if name == fatal:
             trial.excluded = "the process ended while it was tried"
         trials.append(trial)
+        if not trial.excluded and time.perf_counter() > deadline:
+            trial.excluded = OUT_OF_TIME
         if trial.excluded:
             continue
         on_trial(name)

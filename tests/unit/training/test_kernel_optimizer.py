@@ -185,6 +185,18 @@ def test_a_form_that_ended_the_process_is_left_out_the_next_time(
     assert choice.trials[1].excluded == "the process ended while it was tried"
 
 
+def test_without_the_time_for_all_forms_none_is_preferred_for_having_been_first(
+    forms: Callable[..., None], tmp_path: Path
+) -> None:
+    forms(slow=slow, fast=swiglu)
+    model = build()
+    choices = KernelOptimizer(model, 2, 6, compile=False, seconds=0, cache_dir=tmp_path).optimize()
+    (choice,) = (choice for choice in choices if choice.op == "swiglu")
+    assert choice.choice == "automatic"
+    assert choice.reason == "no time was left to try it"
+    assert choose(model, tmp_path).choice == "fast", "the next run measures"
+
+
 def test_nothing_else_in_the_process_changes(tmp_path: Path) -> None:
     model, other = build(), build()
     before, generator = model.content_hash(), torch.get_rng_state()
