@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import SETTINGS, report
 
+from ryzen_llm.data import TextDataModule
 from ryzen_llm.decoding import Generator
 from ryzen_llm.interop import load_pretrained
 from ryzen_llm.training import choose_precision
@@ -245,15 +247,18 @@ def test_the_final_report_is_the_sum_of_its_parts(finished: Path) -> None:
     }
 
 
-def test_accuracy_is_that_of_the_last_validation_and_of_the_corpus(finished: Path, cache: Path) -> None:
+def test_accuracy_is_that_of_the_last_validation_and_of_the_corpus(
+    finished: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accuracy = report(finished, "phase2_final_report")["accuracy"]
     last = report(finished, "training_metrics_report")["epochs"][-1]
     assert accuracy["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     assert accuracy["val_accuracy"] == pytest.approx(last["accuracy"], rel=1e-6)
     assert accuracy["initial_val_loss"] is None
     assert accuracy["reason"] == "initial_val_loss: training started from random weights"
-    (tokens,) = cache.glob("*/train.bin")
-    _, counts = np.unique(np.fromfile(tokens, dtype="<u2"), return_counts=True)
+    monkeypatch.setenv("RYZEN_LLM_CACHE", str(cache))
+    data = TextDataModule(**yaml.safe_load((finished / "config.yaml").read_text())["data"])
+    _, counts = np.unique(np.fromfile(data.store.path / "train.bin", dtype="<u2"), return_counts=True)
     shares = counts / counts.sum()
     assert accuracy["unigram_entropy"] == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-9)
 
