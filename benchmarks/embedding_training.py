@@ -15,6 +15,7 @@ from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
 from ryzen_callbacks.intervals import mean_interval
 
+from benchmarks.side_by_side import settings_of
 from ryzen_llm.data import TextDataModule
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> None:
             table.add_row(name, f"{ratios[name]:.2f}x", f"{mean:.4f}", change, str(row["equivalent"]))
         rows.append(row)
     console.print(table)
-    settings = {key: str(value) for key, value in vars(options).items()}
+    settings = settings_of(options)
     kept: list[dict[str, Any]] = json.loads(options.out.read_text())["runs"] if options.out.is_file() else []
     run = {"rows": rows, "settings": settings, "environment": describe_environment()}
     write_json(options.out, {"benchmark": "embedding_training", "runs": [*kept, run]})

@@ -19,7 +19,7 @@ from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor
 
 from benchmarks.embedding_peers import PEERS, round_to_nearest, truncated_svd
-from benchmarks.side_by_side import speedup, time_arms
+from benchmarks.side_by_side import settings_of, speedup, time_arms
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
 from ryzen_llm.model import Transformer
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
             options,
             console,
         )
-    found["settings"] = {key: str(value) for key, value in vars(options).items()}
+    found["settings"] = settings_of(options)
     found["environment"] = describe_environment()
     write_json(options.out, found)
     console.print(f"written: {options.out}")

@@ -21,7 +21,7 @@ from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor
 
-from benchmarks.side_by_side import peak_memory, speedup, time_arms
+from benchmarks.side_by_side import peak_memory, settings_of, speedup, time_arms
 from ryzen_llm.cache import KVCache, LayerFormat, build_cache
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.decoding import Generator, KVCacheOptimizer
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
         found["quality"] = quality(model, ids, options, console)
     if "speed" in options.parts:
         found["speed"] = speed(model, tokenizer, ids, options, console)
-    found["settings"] = {key: str(value) for key, value in vars(options).items()}
+    found["settings"] = settings_of(options)
     found["environment"] = describe_environment()
     write_json(options.out, found)
     console.print(f"written: {options.out}")

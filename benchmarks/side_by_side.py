@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import itertools
 import json
@@ -91,6 +92,18 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         events = json.loads(Path(file.name).read_bytes())["traceEvents"]
     changes = sorted((float(e["ts"]), int(e["args"]["Bytes"])) for e in events if e.get("name") == "[memory]")
     return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, str]:
+    """What a benchmark was called with, in words; of files the names, for others have them elsewhere."""
+
+    def in_words(value: object) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(in_words, value))
+        text = str(value)
+        return Path(text).name if Path(text).is_file() else text
+
+    return {key: in_words(value) for key, value in vars(options).items() if key != "out"}
 
 
 def synchronize() -> None:

@@ -1,7 +1,7 @@
 """Many steps' scalars as the records of a TensorBoard event file, encoded together.
 
-tensorboard's own writer makes a checksum in pure Python for each step, holding Python's lock in its thread, which
-the training step waits for; here the checksums of all steps since the last drain are made together.
+tensorboard's own writer makes a checksum in pure Python for each step, with Python's lock held in its thread,
+so that the training step waits; here the checksums of all steps since the last drain are made together.
 """
 
 from __future__ import annotations
