@@ -1,10 +1,9 @@
 """The model over a fixed number of tokens of each text: one compiled graph for each such width."""
 
 import time
-import types
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,14 +42,7 @@ class FixedWidthPass:
         self.model = model
         self.device = device
         self.compile = compile
-        self._run = self._forward
-        if compile:
-            # The compiler keeps what it compiled by code, and the model is not looked at again: so each pass
-            # needs code of its own.
-            code = FixedWidthPass._forward.__code__.replace()
-            forward = types.MethodType(types.FunctionType(code, globals(), code.co_name), self)
-            options: dict[str, str | int | bool | Callable[..., Any]] = {"guard_filter_fn": _can_change}
-            self._run = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+        self._run = torch.compile(self._forward, fullgraph=True, dynamic=False) if compile else self._forward
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
@@ -103,14 +95,3 @@ class FixedWidthPass:
         hidden_states = self.model.run_blocks(tokens, positions, layers)
         logits = self.model.logits(hidden_states)
         return Outcome(logits, hidden_states, logits.argmax(-1), logits.isfinite().all())
-
-
-def _can_change(guards: Sequence[Any]) -> list[bool]:
-    """Which of the compiler's assumptions to check at each call: those on the arguments.
-
-    The model is this pass's own and never changes; checking its hundreds of modules takes a millisecond.
-    """
-    return [
-        not guard.name or guard.name.startswith(("L['tokens']", "L['positions']", "L['layers']"))
-        for guard in guards
-    ]
