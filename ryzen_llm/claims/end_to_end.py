@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ryzen_llm.claims.context import ClaimContext
 from ryzen_llm.decoding import Generator
-from ryzen_llm.kernels import PLAIN
+from ryzen_llm.kernels import PLAIN, shared_compilations
 from ryzen_llm.training import OptimizerConfig, build_adamw
 
 Arm = Callable[[], object]
@@ -48,9 +48,6 @@ def _claim(
 ) -> Claim:
     @functools.cache
     def arms() -> tuple[Arm, Arm]:
-        # Dynamo keeps at most 8 compilations of one code object, and all blocks of all arms share theirs;
-        # beyond that it silently runs eager.
-        torch._dynamo.reset()
         return _build(context, baseline), _build(context, "ours")
 
     batch = context.train_batches[0]
@@ -107,9 +104,7 @@ def _build(context: ClaimContext, recipe: Recipe) -> Arm:
     prompt = context.val_batches[0][:1, :prompt_tokens].to(device)
 
     def run() -> object:
-        # Compiled in the first run, which is not timed. Static shapes: otherwise the shapes that one arm
-        # compiled for would make the other arm's compilation of the same code dynamic, and slower.
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        with shared_compilations():  # compiled in the first run, which is not timed
             with torch.enable_grad():
                 for batch in batches:
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

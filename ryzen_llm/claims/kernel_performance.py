@@ -12,7 +12,7 @@ from ryzen_callbacks import Claim
 from torch import Tensor
 
 from ryzen_llm.claims.context import ClaimContext
-from ryzen_llm.kernels import PLAIN
+from ryzen_llm.kernels import PLAIN, shared_compilations
 
 _NAIVE = "naive: eager fp32, PyTorch's attention, all logits at once"
 
@@ -50,8 +50,6 @@ def _claim(
 
     @functools.cache
     def arms() -> tuple[Callable[[], None], Callable[[], None]]:
-        # Dynamo keeps at most 8 compilations of one code object, which all blocks of all arms share.
-        torch._dynamo.reset()
         return _build(context, baseline), _build(context, "ours")
 
     return Claim(
@@ -80,8 +78,7 @@ def _build(context: ClaimContext, recipe: Literal["naive", "strong", "ours"]) ->
     bf16 = recipe != "naive" and context.precision == "bf16-mixed"
 
     def run() -> None:
-        # Static shapes, or one arm's shapes would make the compilation of the other dynamic, and slower.
-        with torch.enable_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        with torch.enable_grad(), shared_compilations():
             with torch.autocast(context.device.type, torch.bfloat16, enabled=bf16):
                 value, _ = loss(batch[:, :-1], batch[:, 1:])
             value.backward()  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ import torch
 from ryzen_callbacks import Claim
 
 from ryzen_llm.claims.context import ClaimContext
-from ryzen_llm.kernels import PLAIN
+from ryzen_llm.kernels import PLAIN, shared_compilations
 
 
 def claim(context: ClaimContext) -> Claim:
@@ -25,19 +25,17 @@ def claim(context: ClaimContext) -> Claim:
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _losses(context: ClaimContext, as_trained: bool) -> list[float]:
     model = copy.deepcopy(context.model).to(context.device).eval()
     if not as_trained:
         model.use_kernels(PLAIN)
     elif context.compile:
-        # Training has used up some of dynamo's 8 compilations of the blocks' code; beyond that it would fall
-        # back to eager, and the compiled model would not be what is measured.
-        torch._dynamo.reset()
         model.compile_blocks()
     losses = []
     for batch in context.val_batches:
         ids = batch.to(context.device)
-        with torch.autocast(context.device.type, enabled=False) if not as_trained else context.autocast():
+        autocast = context.autocast() if as_trained else torch.autocast(context.device.type, enabled=False)
+        with shared_compilations(), autocast:
             losses.append(float(model.loss(ids[:, :-1], ids[:, 1:])[0]))
     return losses

@@ -10,7 +10,7 @@ from ryzen_callbacks import Claim
 from torch import Tensor
 
 from ryzen_llm.claims.context import ClaimContext
-from ryzen_llm.decoding import Generator
+from ryzen_llm.decoding import Generator, SpeculativeDecoder
 
 PROMPTS = 4
 PROMPT_TOKENS = 32
@@ -37,26 +37,25 @@ def claim(context: ClaimContext) -> Claim:
         )
 
     @functools.cache
-    def arms() -> tuple[Generator, Generator]:
-        torch._dynamo.reset()  # or the arms of other claims would count towards its limit of compilations
+    def arms() -> tuple[Generator, SpeculativeDecoder]:
         model = copy.deepcopy(context.model).to(context.device)
         weights = "bf16" if context.precision == "bf16-mixed" else "fp32"
-        plain, speculative = (
-            Generator(model, weights=weights, drafter=drafter, compile=context.compile)
-            for drafter in (None, context.enabled.drafters)
-        )
-        return plain, speculative
+        generator = Generator(model, weights=weights, compile=context.compile)
+        return generator, SpeculativeDecoder(generator, context.enabled.drafters)
 
-    def run(arm: int) -> object:
-        generator = arms()[arm]
-        if generator.speculation:
-            generator.speculation.forget()  # the same texts, from the round before
+    def plain() -> object:
+        generator, _ = arms()
         return [generator.generate(prompt, max_new_tokens=new_tokens) for prompt in prompts]
+
+    def speculative() -> object:
+        _, decoder = arms()
+        decoder.forget()  # the same texts, from the round before
+        return [decoder.generate(prompt, max_new_tokens=new_tokens) for prompt in prompts]
 
     return Claim(
         name="speculative_decoding",
-        baseline=functools.partial(run, 0),
-        optimized=functools.partial(run, 1),
+        baseline=plain,
+        optimized=speculative,
         measure="time",
         threshold=threshold,
         baseline_name=f"plain decoding, {'compiled' if context.compile else 'not compiled'}",

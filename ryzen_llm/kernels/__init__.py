@@ -5,6 +5,7 @@ from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
 from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
+from ryzen_llm.kernels.compilation import shared_compilations
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, swiglu
 from ryzen_llm.kernels.hadamard import hadamard, rotate
@@ -53,6 +54,7 @@ __all__ = [
     "rotary_qkv",
     "rotary_table",
     "rotate",
+    "shared_compilations",
     "supports_bf16",
     "swiglu",
     "unpack",

@@ -381,6 +381,7 @@ class Orchestrator:
             self.config.data.tokenizer,
             self._batches("val", 1),
             self.output_dir / TRAINING_REPORT,
+            str(self.trainer.precision),
         )
 
     def _test(self) -> None:

@@ -32,6 +32,7 @@ class IntegrationTestRunner:
         tokenizer: Its tokenizer.
         val_batches: Token ids of the validation split, (batch, context + 1) int64 each.
         training_report: training_metrics_report.json of the run, if there is one.
+        precision: Of the run: "bf16-mixed" or "32-true".
         checks: Folder with the files of checks, one a category: unit.py, integration.py, end_to_end.py,
             performance.py; those that are missing are left out.
 
@@ -44,6 +45,7 @@ class IntegrationTestRunner:
         tokenizer: Tokenizer,
         val_batches: Sequence[Tensor],
         training_report: Path | None = None,
+        precision: str = "32-true",
         checks: Path = CHECKS,
     ) -> None:
         if not val_batches:
@@ -52,7 +54,7 @@ class IntegrationTestRunner:
         self.files = [file for file in files if file.is_file()]
         if not self.files:
             raise InputError(f"no checks in {checks}, expected some of {', '.join(f.name for f in files)}")
-        self.trained = Trained(model, tokenizer, val_batches, training_report)
+        self.trained = Trained(model, tokenizer, val_batches, training_report, precision)
 
     def run(self, path: Path | None = None, on_progress: OnProgress | None = None) -> IntegrationTestReport:
         """Run every check, write the report to `path` if given, and return it.

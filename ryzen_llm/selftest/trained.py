@@ -24,17 +24,23 @@ class Trained:
         tokenizer: Its tokenizer.
         val_batches: Token ids of the validation split, (batch, context + 1) int64 each.
         training_report: training_metrics_report.json of the run, None where there is none.
+        precision: Of the run: "bf16-mixed" or "32-true".
     """
 
     model: Transformer
     tokenizer: Tokenizer
     val_batches: Sequence[Tensor]
     training_report: Path | None
+    precision: str
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """The autocast of the run's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     @property
     def new_tokens(self) -> int:

@@ -20,7 +20,7 @@ from ryzen_callbacks import describe_environment, write_json
 import ryzen_llm.kernels
 from ryzen_llm.data import default_cache_dir
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import AUTOMATIC, CANDIDATES, KernelChoices, Workload
+from ryzen_llm.kernels import AUTOMATIC, CANDIDATES, KernelChoices, Workload, shared_compilations
 from ryzen_llm.kernels.regions import ops_of
 from ryzen_llm.model import Transformer
 from ryzen_llm.training.kernel_trials import OUT_OF_TIME, Trial, fastest, try_all
@@ -151,12 +151,9 @@ def _quietly(
     op: str, work: Workload, on_trial: Callable[[str | None], None], fatal: str | None, deadline: float
 ) -> list[Trial]:
     """Without a trace in the process: no compilation of the trials stays, no global generator moves."""
-    # The regions of all forms share their code, and beyond 8 compilations dynamo would silently run eager;
-    # static shapes, because the forms are measured for these.
-    settings = {"recompile_limit": 64, "automatic_dynamic_shapes": False}
     devices = [work.device] if work.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch._dynamo.config.patch(settings):
+        with torch.random.fork_rng(devices), shared_compilations():
             return try_all(op, work, on_trial, fatal, deadline)
     finally:
         torch._dynamo.reset()

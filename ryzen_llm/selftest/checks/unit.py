@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from ryzen_callbacks import Claim, OptimizationValidator, TrainingMetricsCollector, TrainingMetricsReport
+from torch import Tensor
 
 from ryzen_llm.cache import build_cache
 from ryzen_llm.decoding import Generator, SpeculativeDecoder
-from ryzen_llm.kernels import CANDIDATES, PLAIN
+from ryzen_llm.kernels import CANDIDATES, PLAIN, shared_compilations
+from ryzen_llm.model import Transformer
 from ryzen_llm.selftest.trained import Trained
 from ryzen_llm.training import EmbeddingCompressor, KernelOptimizer
 
@@ -31,23 +33,25 @@ def test_kernel_optimizer_initialization(trained: Trained, tmp_path: Path) -> No
 
 
 def test_kernel_optimizer_compilation(trained: Trained) -> None:
-    """The model as it trained, compiled block by block, gives the loss and gradients of plain PyTorch."""
-    batch = trained.val_batches[0][:2, :129].to(trained.device)  # longer ones take longer to compile
-    results = []
-    for kernels in (PLAIN, trained.model.kernels):
-        model = copy.deepcopy(trained.model).train()
-        model.use_kernels(kernels)
-        if kernels is not PLAIN:
-            torch._dynamo.reset()  # training has used up some of the compilations that dynamo allows
-            model.compile_blocks()
-        loss, _ = model.loss(batch[:, :-1], batch[:, 1:])
+    """The model as it trained, compiled block by block, has the loss and gradients of plain fp32 PyTorch."""
+    batch = trained.val_batches[0].to(trained.device)  # of training's shape, which is compiled already
+
+    def gradient(model: Transformer) -> tuple[Tensor, Tensor]:
+        loss, _ = model.train().loss(batch[:, :-1], batch[:, 1:])
         loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
-    (plain_loss, plain), (loss, gradient) = results
-    torch.testing.assert_close(loss, plain_loss, atol=1e-3, rtol=1e-3)
-    error = (gradient - plain).norm() / plain.norm()
-    assert error < 0.01, f"the gradient is off by {error:.2%}"
+        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    model = copy.deepcopy(trained.model)
+    model.use_kernels(PLAIN)
+    plain_loss, plain = gradient(model)
+    model = copy.deepcopy(trained.model)
+    model.compile_blocks()
+    with shared_compilations(), trained.autocast():
+        loss, compiled = gradient(model)
+    bf16 = trained.precision == "bf16-mixed"  # with 8 bits of mantissa
+    torch.testing.assert_close(loss, plain_loss, atol=0, rtol=5e-3 if bf16 else 1e-4)
+    error = (compiled - plain).norm() / plain.norm()
+    assert error < (0.05 if bf16 else 1e-3), f"the gradient is off by {error:.2%}"
 
 
 def test_embedding_compression_pipeline(trained: Trained) -> None:
