@@ -2,7 +2,9 @@
 
 import importlib
 import json
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,35 @@ def test_a_pytorch_lightning_trainer(
     assert found["training_metrics_report.json"]["statistics"]["loss"]["count"] == 16
     assert found["training_metrics_report.json"]["epochs"][0]["val_loss"] is not None
     assert found["validation_report.json"]["summary"]["passed"] == 1
+
+
+@pytest.fixture
+def read_only_folder() -> Iterator[Path]:
+    """A folder that this process may read and not write to, for root too: it gives that up meanwhile."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield folder
+    finally:
+        os.seteuid(user)
+        folder.rmdir()
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_read_only_log_directory_is_an_error_before_training_starts(
+    which: int,
+    tiny: Tiny,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    read_only_folder: Path,
+) -> None:
+    callback = [*three()[::2], AnomalyDetector(path=read_only_folder / "anomalies.json")][which]
+    trainer = make_trainer(callbacks=[callback], default_root_dir=str(read_only_folder))
+    with pytest.raises(
+        ValueError, match=rf"cannot write .*\.json in {read_only_folder}.*: Permission denied; give"
+    ):
+        trainer.fit(tiny, make_loader())
+    assert tiny.batch_losses == []
