@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -38,13 +41,16 @@ def is_compiled() -> bool:
 
     logging.getLogger(__name__).info("compiling the product for weights of 4 bits")
     source = Path(__file__).with_suffix(".cpp")
+    # Where pip has put ninja, an environment that is not activated does not look.
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     try:
-        load(
-            name="ryzen_llm_int4_linear",
-            sources=[str(source)],
-            extra_cflags=["-O3", "-fopenmp"],
-            is_python_module=False,
-        )
+        with patch.dict(os.environ, PATH=path):
+            load(
+                name="ryzen_llm_int4_linear",
+                sources=[str(source)],
+                extra_cflags=["-O3", "-fopenmp"],
+                is_python_module=False,
+            )
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         warnings.warn(
             "weights int4: the C++ product could not be compiled, PyTorch's slower one is used; it needs a "
