@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -11,7 +10,7 @@ from torchmetrics import MeanMetric
 from ryzen_llm.decoding import DraftHeads, HeadsConfig, output_rows
 from ryzen_llm.kernels import linear_cross_entropy
 from ryzen_llm.model import Transformer
-from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
+from ryzen_llm.training.optimizer import OptimizerConfig, ScheduledModule, build_adamw
 
 IGNORED = -100
 
@@ -19,7 +18,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """As `TargetTextModule` gives them: ids and which of them the model chose, (batch, time), hidden states."""
 
 
-class DraftHeadsModule(pl.LightningModule):
+class DraftHeadsModule(ScheduledModule):
     """Trains `DraftHeads` to foretell what the model itself would write, at every depth of a draft.
 
     The loss is the cross-entropy of the model's own tokens, the mean over depths. Logs ``val_loss``,
@@ -123,8 +122,4 @@ class DraftHeadsModule(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the heads, with the schedule stepped every optimizer step."""
         optimizer = build_adamw(self.heads, self.optimizer_config, fused=False)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.optimizer_config.factor(step, steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.with_schedule(optimizer)

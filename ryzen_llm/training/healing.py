@@ -17,10 +17,10 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
 from ryzen_llm.training.embedding_calibration import check_text, with_embedding
-from ryzen_llm.training.optimizer import OptimizerConfig
+from ryzen_llm.training.optimizer import OptimizerConfig, ScheduledModule
 
 
-class HealingModule(pl.LightningModule):
+class HealingModule(ScheduledModule):
     """Distils a dense model into the same blocks around another embedding (Hinton et al. 2015).
 
     Only the embedding and the last norm are trained; the blocks are shared with the teacher, and `heal`
@@ -68,9 +68,7 @@ class HealingModule(pl.LightningModule):
             weight_decay=0.0,
             fused=True,
         )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.factor(step, total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.with_schedule(optimizer)
 
 
 def heal(

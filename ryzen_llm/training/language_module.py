@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchmetrics import MeanMetric
 
 from ryzen_llm.model import ModelConfig, Transformer
-from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
+from ryzen_llm.training.optimizer import OptimizerConfig, ScheduledModule, build_adamw
 from ryzen_llm.training.sharded import shard
 
 CHECKPOINT_KEY = "ryzen_llm"
@@ -22,7 +21,7 @@ CHECKPOINT_KEY = "ryzen_llm"
 CHECKPOINT_FORMAT = 1
 
 
-class LanguageModule(pl.LightningModule):
+class LanguageModule(ScheduledModule):
     """Trains a decoder-only transformer to predict the next token.
 
     Batches are int64 tensors of shape (batch, context + 1): positions ``[:-1]`` are the input and ``[1:]``
@@ -122,15 +121,7 @@ class LanguageModule(pl.LightningModule):
         """AdamW, fused where the device has it, with the schedule stepped every optimizer step."""
         optimizer = build_adamw(self.model, self.optimizer_config, fused=self.trainer.precision != "16-mixed")
 
-        def factor(step: int) -> float:
-            # The scheduler asks for step 0 at once; when resuming, the checkpoint replaces the answer. Asking
-            # Lightning for the total so early would make it forget to restore the loader's place.
-            if step == 0 and self.trainer.ckpt_path is not None:
-                return 0.0
-            return self.optimizer_config.factor(step, int(self.trainer.estimated_stepping_batches))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.with_schedule(optimizer)
 
     def configure_gradient_clipping(
         self,

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and the two learning-rate schedules."""
+"""AdamW with decay groups, the two learning-rate schedules, and the base of modules that follow them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from ryzen_llm.errors import InputError
@@ -79,3 +81,31 @@ def build_adamw(model: nn.Module, config: OptimizerConfig, fused: bool = True) -
         fused=fused,
         foreach=False,
     )
+
+
+class ScheduledModule(LightningModule):
+    """Base of modules whose learning rate follows `optimizer_config`, step by step over the whole run."""
+
+    optimizer_config: OptimizerConfig
+
+    def with_schedule(self, optimizer: torch.optim.Optimizer) -> OptimizerLRScheduler:
+        """What `configure_optimizers` returns."""
+
+        def factor(step: int) -> float:
+            # The scheduler asks for step 0 at once. Asking Lightning for the total so early would make it
+            # forget to restore the loader's place when it resumes: `on_train_start` sets that step's.
+            return self._factor(step) if step else 0.0
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Set the first step's learning rate."""
+        if self.trainer.global_step == 0:
+            for scheduled in self.trainer.lr_scheduler_configs:
+                schedule = scheduled.scheduler
+                for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                    group["lr"] = peak * self._factor(0)
+
+    def _factor(self, step: int) -> float:
+        return self.optimizer_config.factor(step, int(self.trainer.estimated_stepping_batches))
