@@ -6,6 +6,7 @@ import argparse
 import functools
 import gc
 import importlib.util
+import json
 import math
 import statistics
 import time
@@ -35,7 +36,7 @@ Kinds = str | Sequence[str | LayerFormat]
 
 
 def main(arguments: list[str]) -> None:
-    """Measure the parts asked for; print tables, write JSON and a plot."""
+    """Measure the parts asked for; print tables, write JSON and a plot; other parts keep their figures."""
     parser = argparse.ArgumentParser(prog="benchmark.py kv_cache", description=__doc__)
     parser.add_argument("--model", required=True, help="what load_pretrained takes, e.g. a GGUF file")
     parser.add_argument("--text", type=Path, required=True, help="real text for perplexity and calibration")
@@ -60,14 +61,18 @@ def main(arguments: list[str]) -> None:
     needed = (options.windows + 1) * options.context
     if len(ids) < needed:
         raise InputError(f"--text has {len(ids)} tokens, expected {needed}: give more text or fewer windows")
-    found: dict[str, Any] = {"benchmark": "kv_cache", "model": Path(options.model).name}
+    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    if found.get("model", Path(options.model).name) != Path(options.model).name:
+        raise InputError(f"--out {options.out}: holds figures of {found['model']}; name another file")
+    found |= {"benchmark": "kv_cache", "model": Path(options.model).name}
     if "memory" in options.parts:
         found["memory"] = memory(model, ids, options, console)
     if "quality" in options.parts:
         found["quality"] = quality(model, ids, options, console)
     if "speed" in options.parts:
         found["speed"] = speed(model, tokenizer, ids, options, console)
-    found["settings"] = settings_of(options)
+    for part in options.parts:
+        found.setdefault("settings", {})[part] = settings_of(options)
     found["environment"] = describe_environment()
     write_json(options.out, found)
     console.print(f"written: {options.out}")
