@@ -3,6 +3,7 @@
 from ryzen_callbacks import Claim
 
 from ryzen_llm.claims import (
+    accuracy_preservation,
     embedding_compression,
     end_to_end,
     kernel_performance,
@@ -26,6 +27,7 @@ def build_claims(context: ClaimContext) -> list[Claim]:
         end_to_end.claim(context),
         end_to_end.claim_vs_strong(context),
         numerical_correctness.claim(context),
+        accuracy_preservation.claim(context),
     ]
 
 

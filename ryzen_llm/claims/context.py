@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ryzen_llm.cache import check_names
 from ryzen_llm.decoding import check_drafters
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import Transformer
+from ryzen_llm.training import OptimizerConfig
 
 _FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
 _PRECISIONS = ("bf16-mixed", "32-true")
@@ -42,8 +43,8 @@ class Thresholds:
     test_pass_rate_min: float = 0.95
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            key, value = field.name, getattr(self, field.name)
+        for each in fields(self):
+            key, value = each.name, getattr(self, each.name)
             if key in _FRACTIONS:
                 fits, expected = 0 <= value <= 1, "a fraction from 0 to 1"
             else:
@@ -101,6 +102,8 @@ class ClaimContext:
         device: Where the arms run.
         thresholds: What has to be reached.
         enabled: What is switched on.
+        optimizer: The run's, for the twins.
+        twin_batches: What the twins are trained on, like train_batches; none for no twins.
     """
 
     model: Transformer
@@ -111,6 +114,8 @@ class ClaimContext:
     device: torch.device
     thresholds: Thresholds
     enabled: Optimizations
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    twin_batches: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:

@@ -73,6 +73,8 @@ class RunOptions:
         checkpoint_every_n_steps: Optimizer steps between checkpoints.
         sample_every_n_steps: Every n-th step is kept in training_metrics_report.json.
         validation_rounds: Paired rounds for each timed claim; 6 or more give an interval.
+        twin_steps: Optimizer steps that two twins are trained for from scratch, one by the run's recipe and
+            one plainly, to compare their validation losses; 0 for none.
         prompt: Beginning of the sample text at the end.
     """
 
@@ -87,12 +89,15 @@ class RunOptions:
     checkpoint_every_n_steps: int = 100
     sample_every_n_steps: int = 100
     validation_rounds: int = 12
+    twin_steps: int = 30
     prompt: str = "import os\n\n\ndef "
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every_n_steps", "sample_every_n_steps", "validation_rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.twin_steps < 0:
+            raise InputError(f"twin_steps is {self.twin_steps}, expected zero or more")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}, expected zero or more")
         if not self.prompt:

@@ -68,7 +68,7 @@ class DrafterOrchestrator(Orchestrator):
             f"parameters for {len(vocabulary):,} tokens of {Path(options.target).name}"
         )
 
-    def _choose_kernels(self, device: torch.device, precision: str) -> None:
+    def _choose_parts(self, device: torch.device, precision: str) -> None:
         self.kernels = Kernels(reason="draft heads are trained with the plain ops")
 
     def _check_resumable(self, checkpoint: Path) -> None:

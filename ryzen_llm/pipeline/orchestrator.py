@@ -37,9 +37,10 @@ from ryzen_llm.pipeline.pages import (
     write_html_report,
     write_markdown_report,
 )
+from ryzen_llm.pipeline.parts import chosen_parts
 from ryzen_llm.pipeline.recommendations import recommend
 from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Kernels, Phase
-from ryzen_llm.pipeline.screen import show_summary
+from ryzen_llm.pipeline.screen import show_parts, show_summary
 from ryzen_llm.pipeline.training import (
     CHECKPOINTS,
     CONFIG,
@@ -136,10 +137,18 @@ class Orchestrator:
             f"{escape(what)}; {device.type} ({why}): {precision}; "
             f"torch.compile {'on' if options.compile else 'off'}"
         )
-        self._choose_kernels(device, precision)
+        self._choose_parts(device, precision)
         if self._leads:
             self._clear_reports()
         self.phases.append(Phase(name="setup", status="done", duration_s=time.perf_counter() - started))
+
+    def _choose_parts(self, device: torch.device, precision: str) -> None:
+        """Choose what is not chosen yet, and show everything that is."""
+        self._choose_kernels(device, precision)
+        show_parts(
+            self.console,
+            chosen_parts(self.module.model.config, self.config.optimizations, self.kernels),
+        )
 
     def _choose_kernels(self, device: torch.device, precision: str) -> None:
         """Have the model use the forms of its ops that are fastest here."""
@@ -162,8 +171,6 @@ class Orchestrator:
             self.kernels.choices = optimizer.optimize(
                 lambda op, done, total: status.update(f"measuring kernels: {op} ({done + 1} of {total})")
             )
-        chosen = ", ".join(f"{choice.op}: {choice.choice}" for choice in self.kernels.choices)
-        self.console.print(f"kernels: {escape(chosen)}")
 
     def _build(self) -> tuple[int | None, str]:
         """Make what is trained and its data; returns FLOPs a token, and both in words."""
@@ -352,6 +359,8 @@ class Orchestrator:
             device=self.module.device,
             thresholds=self.config.thresholds,
             enabled=self.config.optimizations,
+            optimizer=self.config.optimizer,
+            twin_batches=self._batches("train", self.config.options.twin_steps),
         )
 
     def _validate(self) -> None:

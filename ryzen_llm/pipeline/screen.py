@@ -1,16 +1,27 @@
-"""The one screen at the end of a run."""
+"""What a run shows before and after its work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ryzen_llm.pipeline.parts import Part
 from ryzen_llm.pipeline.report import FinalReport
 
 _COLOURS = {"PASS": "green", "FAIL": "red", "WARNING": "yellow", "NOT_MEASURED": "dim"}
+
+
+def show_parts(console: Console, parts: Sequence[Part]) -> None:
+    """What the run uses and why."""
+    table = Table("part", "used here", "why", box=box.SIMPLE)
+    for part in parts:
+        table.add_row(*map(escape, part))
+    console.print(table)
 
 
 def show_summary(console: Console, report: FinalReport, output_dir: Path) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from ryzen_callbacks import OptimizationValidator
 
-from ryzen_llm.claims import ClaimContext, Optimizations, Thresholds, build_claims
+from ryzen_llm.claims import ClaimContext, Optimizations, Thresholds, accuracy_preservation, build_claims
 from ryzen_llm.decoding import RecyclingDrafter
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
+from ryzen_llm.training import OptimizerConfig
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ def test_what_is_not_built_or_switched_off_says_so(context: ClaimContext) -> Non
         "end_to_end",
         "end_to_end_vs_strong",
         "numerical_correctness",
+        "accuracy_preservation",
     ]
     assert "enable_speculative_decoding" in claims["speculative_decoding"].not_measured_because
     assert claims["kv_cache"].threshold == 0.25
@@ -204,3 +206,25 @@ def test_thresholds_that_make_no_sense_are_refused_by_name(wrong: dict[str, Any]
 def test_no_batches_are_refused(context: ClaimContext) -> None:
     with pytest.raises(InputError, match="val_batches is empty"):
         dataclasses.replace(context, val_batches=[])
+
+
+def test_twins_are_trained_alike_and_what_the_recipe_costs_shows(context: ClaimContext) -> None:
+    """In fp32 on plain kernels there is nothing to lose; an embedding of rank 1 costs more than 1%."""
+    # Text with something to learn: each token follows the one before it.
+    text = [(torch.arange(41)[None] + torch.randint(300, (8, 1))) % 300 for _ in range(60)]
+    context = dataclasses.replace(
+        context, optimizer=OptimizerConfig(learning_rate=0.01), twin_batches=text, val_batches=text[:6]
+    )
+    (same,) = OptimizationValidator([accuracy_preservation.claim(context)]).validate().results
+    assert same.measured == pytest.approx(0, abs=1e-4)
+    assert same.status == "PASS"
+    assert same.baseline is not None
+    assert same.baseline.value < 4.0, "well under the log of 300 that they begin with"
+    shape = context.model.config.to_dict() | {"embedding": "factorized", "embedding_settings": {"rank": 1}}
+    context = dataclasses.replace(context, model=Transformer(ModelConfig.from_dict(shape)))
+    (worse,) = OptimizationValidator([accuracy_preservation.claim(context)]).validate().results
+    assert worse.measured is not None
+    assert worse.measured > 0.01
+    assert worse.status == "FAIL"
+    none = accuracy_preservation.claim(dataclasses.replace(context, twin_batches=[]))
+    assert "twin_steps" in none.not_measured_because
