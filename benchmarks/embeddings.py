@@ -22,6 +22,7 @@ from benchmarks.embedding_peers import PEERS, round_to_nearest, truncated_svd
 from benchmarks.side_by_side import settings_of, speedup, time_arms
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
+from ryzen_llm.kernels import shared_compilations
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import (
     DenseEmbedding,
@@ -183,6 +184,7 @@ def _ten_times(function: Callable[[Tensor], Tensor], argument: Tensor) -> None:
 
 
 @torch.inference_mode()
+@shared_compilations()  # by the arms, of which several are of one kind
 def speed(
     compressor: EmbeddingCompressor, options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
@@ -195,7 +197,6 @@ def speed(
     heads = {n: torch.compile(e.logits, fullgraph=True, dynamic=False) for n, e in embeddings.items()}
     lookups = {n: torch.compile(e.lookup, fullgraph=True, dynamic=False) for n, e in embeddings.items()}
     for name in embeddings:
-        torch._dynamo.reset()
         for _ in range(3):
             heads[name](hidden), lookups[name](ids)
     head_times = time_arms(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.peaks import copy_bandwidth, matmul_peak
 from benchmarks.side_by_side import speedup, time_arms
-from ryzen_llm.kernels import CANDIDATES, Workload, describe_device, supports_bf16
+from ryzen_llm.kernels import CANDIDATES, Workload, describe_device, shared_compilations, supports_bf16
 from ryzen_llm.kernels.regions import REGIONS, ops_of
 from ryzen_llm.model import PRESETS, ModelConfig, Transformer
 from ryzen_llm.training.kernel_trials import Arm, largest_error, make_arm, reference
@@ -28,6 +28,7 @@ from ryzen_llm.training.kernel_trials import Arm, largest_error, make_arm, refer
 EAGER = "eager"
 
 
+@shared_compilations()  # by the arms, which share their code
 def main(arguments: list[str]) -> None:
     """Time every form of every op in interleaved rounds; print a table, write JSON."""
     parser = argparse.ArgumentParser(
@@ -46,8 +47,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.json"))
     options = parser.parse_args(arguments)
     console, device = Console(), torch.device(options.device)
-    torch._dynamo.config.recompile_limit = 64  # the arms share code, and beyond it they silently run eager
-    torch._dynamo.config.automatic_dynamic_shapes = False
     bf16 = supports_bf16(device)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_name(options.model))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.peaks import matmul_peak
 from benchmarks.side_by_side import Ratio, peak_memory, speedup, synchronize, time_arms
-from ryzen_llm.kernels import PLAIN, supports_bf16
+from ryzen_llm.kernels import PLAIN, shared_compilations, supports_bf16
 from ryzen_llm.model import PRESETS, ModelConfig, Transformer
 from ryzen_llm.training import KernelOptimizer, OptimizerConfig, build_adamw
 
@@ -46,6 +46,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(input_ids, targets), both (batch, context) int64 -> mean cross-entropy."""
 
 
+@shared_compilations()  # by the arms, which share their code
 def main(arguments: list[str]) -> None:
     """Train each arm a few steps on the same batch in interleaved rounds; print a table, write JSON."""
     parser = argparse.ArgumentParser(
@@ -161,8 +162,6 @@ def _builders(
     config: ModelConfig, device: torch.device, shape: tuple[int, int]
 ) -> tuple[dict[str, Callable[[], Built]], dict[str, str]]:
     """What builds each arm, and the arms that cannot run here with the reason."""
-    torch._dynamo.config.recompile_limit = 64  # the arms share code, and beyond it they silently run eager
-    torch._dynamo.config.automatic_dynamic_shapes = False
     bf16 = supports_bf16(device)
 
     def ours(

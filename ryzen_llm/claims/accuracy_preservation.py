@@ -45,6 +45,7 @@ def claim(context: ClaimContext) -> Claim:
 
 
 def _twin(context: ClaimContext, recipe: Literal["naive", "ours"]) -> Transformer:
+    """A new model; the same weights in both, but for an embedding that only one of them has."""
     config = context.model.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -52,8 +53,8 @@ def _twin(context: ClaimContext, recipe: Literal["naive", "ours"]) -> Transforme
         if recipe == "ours":
             return ours
         naive = Transformer(dataclasses.replace(config, embedding="dense", embedding_settings={}), PLAIN)
-    same = {name: value for name, value in ours.state_dict().items() if not name.startswith("embedding.")}
-    naive.load_state_dict(same if config.embedding != "dense" else ours.state_dict(), strict=False)
+    blocks = {n: x for n, x in ours.state_dict().items() if not n.startswith("embedding.")}
+    naive.load_state_dict(ours.state_dict() if config.embedding == "dense" else naive.state_dict() | blocks)
     return naive
 
 

@@ -12,7 +12,7 @@ from ryzen_llm.cache import check_names
 from ryzen_llm.decoding import check_drafters
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import Transformer
-from ryzen_llm.training import OptimizerConfig
+from ryzen_llm.training import OptimizerConfig, autocast
 
 _FRACTIONS = ("kv_cache_memory_savings_min", "accuracy_loss_max", "test_pass_rate_min")
 _PRECISIONS = ("bf16-mixed", "32-true")
@@ -134,4 +134,4 @@ class ClaimContext:
 
     def autocast(self) -> torch.autocast:
         """The autocast of the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        return autocast(self.precision, self.device)

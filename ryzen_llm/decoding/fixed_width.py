@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.decoding.cuda_graph import GraphedStep
+from ryzen_llm.kernels import shared_compilations
 from ryzen_llm.model import Transformer
-
-MOST_GRAPHS = 64
 
 
 class Outcome(NamedTuple):
@@ -73,7 +72,7 @@ class FixedWidthPass:
         if tokens.shape in self._compiled:
             return self._run(tokens, positions, cache.layers)
         self._compiled.add(tokens.shape)
-        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+        with shared_compilations():  # each width and batch is a graph of the same code
             return self._run(tokens, positions, cache.layers)
 
     def measure(self, widths: Sequence[int], cache: KVCache, rounds: int = 3) -> dict[int, float]:

@@ -32,6 +32,17 @@ def activate(gate, GELU: tl.constexpr):
 
 
 @triton.jit
+def load_piece(gate_up_ptr, stride, size, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row and columns, which of these there are, and gate and up there."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate = tl.load(gate_up_ptr + row * stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
+    up = tl.load(gate_up_ptr + row * stride + size + columns, mask=inside, other=0.0).to(ARITHMETIC)
+    return row, columns, inside, gate, up
+
+
+@triton.jit
 def forward_kernel(
     gate_up_ptr,
     output_ptr,
@@ -42,11 +53,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):
     """output = activation(gate) * up, one program a piece of a row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(gate_up_ptr + row * stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
-    up = tl.load(gate_up_ptr + row * stride + size + columns, mask=inside, other=0.0).to(ARITHMETIC)
+    row, columns, inside, gate, up = load_piece(gate_up_ptr, stride, size, ARITHMETIC, BLOCK)
     value, _ = activate(gate, GELU)
     tl.store(output_ptr + row * size + columns, (value * up).to(output_ptr.dtype.element_ty), mask=inside)
 
@@ -64,11 +71,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Gradients by gate and up, side by side as they are."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate = tl.load(gate_up_ptr + row * stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
-    up = tl.load(gate_up_ptr + row * stride + size + columns, mask=inside, other=0.0).to(ARITHMETIC)
+    row, columns, inside, gate, up = load_piece(gate_up_ptr, stride, size, ARITHMETIC, BLOCK)
     given = tl.load(upstream_ptr + row * upstream_stride + columns, mask=inside, other=0.0).to(ARITHMETIC)
     value, derivative = activate(gate, GELU)
     place = gradient_ptr + row * 2 * size + columns

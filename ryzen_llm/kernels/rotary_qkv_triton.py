@@ -15,6 +15,21 @@ HEADS_BLOCK = 8
 
 
 @triton.jit
+def kinds(head, num_heads, num_kv_heads):
+    """Which heads are queries, keys and values."""
+    is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
+    is_v = (head >= num_heads + num_kv_heads) & (head < num_heads + 2 * num_kv_heads)
+    return head < num_heads, is_k, is_v
+
+
+@triton.jit
+def weights(q_weight_ptr, k_weight_ptr, column, q_mask, k_mask, ARITHMETIC: tl.constexpr):
+    """Of the norm at these columns of each head, 0 for values."""
+    w = tl.load(q_weight_ptr + column, mask=q_mask, other=0.0).to(ARITHMETIC)
+    return w + tl.load(k_weight_ptr + column, mask=k_mask, other=0.0).to(ARITHMETIC)
+
+
+@triton.jit
 def forward_kernel(
     projected_ptr,
     cos_ptr,
@@ -43,9 +58,7 @@ def forward_kernel(
     batch, t = row // time, row % time
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, HALF)[None, :]
-    is_q = head < num_heads
-    is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
-    is_v = (head >= num_heads + num_kv_heads) & (head < num_heads + 2 * num_kv_heads)
+    is_q, is_k, is_v = kinds(head, num_heads, num_kv_heads)
     inside = (column < half) & (is_q | is_k | is_v)
     place = projected_ptr + row * stride + head * 2 * half + column
     first = tl.load(place, mask=inside, other=0.0).to(ARITHMETIC)
@@ -55,10 +68,8 @@ def forward_kernel(
         scale = 1.0 / tl.sqrt(mean_square[:, None] + eps)
         turned = inside & (is_q | is_k)
         q_mask, k_mask = inside & is_q, inside & is_k
-        w_first = tl.load(q_weight_ptr + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
-        w_first += tl.load(k_weight_ptr + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
-        w_second = tl.load(q_weight_ptr + half + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
-        w_second += tl.load(k_weight_ptr + half + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
+        w_first = weights(q_weight_ptr, k_weight_ptr, column + 0 * head, q_mask, k_mask, ARITHMETIC)
+        w_second = weights(q_weight_ptr, k_weight_ptr, half + column + 0 * head, q_mask, k_mask, ARITHMETIC)
         first = tl.where(turned, first * scale * w_first, first)
         second = tl.where(turned, second * scale * w_second, second)
     table = batch * table_stride_batch + t * table_stride_time + column
@@ -113,9 +124,7 @@ def backward_kernel(
     batch, t = row // time, row % time
     head = (group * HEADS + tl.arange(0, HEADS))[:, None]
     column = tl.arange(0, HALF)[None, :]
-    is_q = head < num_heads
-    is_k = (head >= num_heads) & (head < num_heads + num_kv_heads)
-    is_v = (head >= num_heads + num_kv_heads) & (head < num_heads + 2 * num_kv_heads)
+    is_q, is_k, is_v = kinds(head, num_heads, num_kv_heads)
     inside = (column < half) & (is_q | is_k | is_v)
     q_mask, k_mask, v_mask = inside & is_q, inside & is_k, inside & is_v
     q_place = dq_ptr + ((batch * num_heads + head) * time + t) * 2 * half + column
@@ -149,10 +158,8 @@ def backward_kernel(
         tl.store(by_q_weight_ptr + partial + half, tl.sum(tl.where(is_q, dw_second, 0.0), 0), mask=within)
         tl.store(by_k_weight_ptr + partial, tl.sum(tl.where(is_k, dw_first, 0.0), 0), mask=within)
         tl.store(by_k_weight_ptr + partial + half, tl.sum(tl.where(is_k, dw_second, 0.0), 0), mask=within)
-        w_first = tl.load(q_weight_ptr + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
-        w_first += tl.load(k_weight_ptr + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
-        w_second = tl.load(q_weight_ptr + half + column + 0 * head, mask=q_mask, other=0.0).to(ARITHMETIC)
-        w_second += tl.load(k_weight_ptr + half + column + 0 * head, mask=k_mask, other=0.0).to(ARITHMETIC)
+        w_first = weights(q_weight_ptr, k_weight_ptr, column + 0 * head, q_mask, k_mask, ARITHMETIC)
+        w_second = weights(q_weight_ptr, k_weight_ptr, half + column + 0 * head, q_mask, k_mask, ARITHMETIC)
         g_first, g_second = first * w_first, second * w_second
         mean = (tl.sum(g_first * normed_first, 1) + tl.sum(g_second * normed_second, 1)) / (2 * half)
         first = tl.where(is_v, first, (g_first - normed_first * mean[:, None]) * scale)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Calibration, QuantizedEmbedding
+from ryzen_llm.training import autocast
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Trained:
 
     def autocast(self) -> torch.autocast:
         """The autocast of the run's precision."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        return autocast(self.precision, self.device)
 
     @property
     def new_tokens(self) -> int:

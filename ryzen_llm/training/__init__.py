@@ -8,7 +8,7 @@ from ryzen_llm.training.healing import HealingModule, heal
 from ryzen_llm.training.kernel_optimizer import KernelOptimizer, OpChoice
 from ryzen_llm.training.language_module import LanguageModule
 from ryzen_llm.training.optimizer import OptimizerConfig, build_adamw
-from ryzen_llm.training.precision import choose_precision
+from ryzen_llm.training.precision import autocast, choose_precision
 from ryzen_llm.training.sharded import ShardedStrategy, is_sharded, whole_state_dict
 from ryzen_llm.training.target_text import TargetTextModule, Turns
 
@@ -26,6 +26,7 @@ __all__ = [
     "ShardedStrategy",
     "TargetTextModule",
     "Turns",
+    "autocast",
     "build_adamw",
     "calibrate",
     "check_resumable",

@@ -23,3 +23,8 @@ def choose_precision(requested: str | None, device: torch.device) -> tuple[str, 
     if requested == "bf16-mixed" and not has_bf16:
         return "32-true", f"has no bf16 arithmetic, so {requested} falls back to fp32"
     return requested, "as configured"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The autocast of a run's `precision`, "bf16-mixed" or "32-true", which switches it off."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")

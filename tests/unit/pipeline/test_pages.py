@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_reports import final_report
 from ryzen_callbacks import ValidationReport, ValidationResult
 from ryzen_callbacks.reports import Quantity
 
@@ -57,21 +58,6 @@ def place(element: dict[str, str], axis: str) -> float:
 def claim_result(**changes: Any) -> ValidationResult:
     values = {"name": "c", "metric": "speedup", "threshold": 1.0, "status": "PASS", "message": "m"}
     return ValidationResult(**{**values, **changes})
-
-
-def final_report(**changes: Any) -> FinalReport:
-    values: dict[str, Any] = {
-        "status": "done",
-        "phases": [Phase(name="setup", status="done", duration_s=1.25)],
-        "optimizations": {},
-        "e2e_speedup": None,
-        "accuracy": Accuracy(reason="training did not finish"),
-        "tests": None,
-        "sample": None,
-        "recommendations": [],
-        "artifacts": {},
-    }
-    return FinalReport(**{**values, **changes})
 
 
 def training_data(**changes: Any) -> dict[str, Any]:

@@ -2,31 +2,16 @@
 
 import io
 from pathlib import Path
-from typing import Any
 
 import pytest
+from made_reports import final_report
 from pydantic import ValidationError
 from rich.console import Console
 
-from ryzen_llm.pipeline.report import Accuracy, Component, FinalReport, Phase
+from ryzen_llm.pipeline.report import Component, FinalReport, Phase
 from ryzen_llm.pipeline.screen import show_summary
 
 MARKUP = "size [/tensor] of [batch, time] is [red]wrong[/red]"
-
-
-def final_report(**changes: Any) -> FinalReport:
-    values: dict[str, Any] = {
-        "status": "done",
-        "phases": [Phase(name="setup", status="done", duration_s=1.0)],
-        "optimizations": {},
-        "e2e_speedup": None,
-        "accuracy": Accuracy(reason="training did not finish"),
-        "tests": None,
-        "sample": None,
-        "recommendations": [],
-        "artifacts": {},
-    }
-    return FinalReport(**{**values, **changes})
 
 
 def screen(report: FinalReport, folder: str = "/runs/out", width: int = 200) -> str:
