@@ -310,12 +310,25 @@ def from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
     )
 
 
+_SWITCHES = {
+    f"--{field.name}"
+    for part in (RunOptions, Optimizations)
+    for field in fields(part)
+    if field.type == "bool"
+}
+
+
 def _expand(arguments: Sequence[str]) -> list[str]:
-    """The command line with short names written out, in its options and in the files that --config names."""
+    """The command line with short names written out, in its options and in the files that --config names.
+
+    A switch without a value, such as `--resume`, is on.
+    """
     expanded: list[str] = []
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name.startswith("--") and name[2:] in ALIASES:
+        if argument in _SWITCHES and (*arguments, "--")[position + 1].startswith("--"):
+            argument = f"{argument}=true"
+        elif name.startswith("--") and name[2:] in ALIASES:
             argument = f"--{ALIASES[name[2:]]}{equals}{value}"
         elif name == "--config" and equals:
             argument = f"--config={_read_config(value)}"

@@ -110,6 +110,16 @@ def test_the_later_file_wins_and_options_win_over_files_before_them(tmp_path: Pa
     ]
 
 
+def test_a_switch_needs_no_value_and_takes_one() -> None:
+    assert not any(settings()[name] for name in ("resume", "strict"))
+    found = settings(
+        "--strict", "--seed", "3", "--enable_kv_cache_optimization", "--compile", "false", "--resume"
+    )
+    names = ("strict", "seed", "enable_kv_cache_optimization", "compile", "resume")
+    assert [found[name] for name in names] == [True, 3, True, False, True]
+    assert settings("--resume=false")["resume"] is False
+
+
 def test_the_printed_configuration_reads_as_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def test_a_killed_process_ends_the_job_which_can_be_resumed(
     assert report(out, "phase2_final_report")["phases"][1]["status"] == "failed"
     assert report(out, "training_metrics_report")["metadata"]["status"] == "failed"
 
-    with start([*shared(corpus, out, strategy, 2, **long), "--resume=true"], cache) as running:
+    with start([*shared(corpus, out, strategy, 2, **long), "--resume"], cache) as running:
         stdout, stderr = running.communicate(timeout=300)
     assert running.returncode == 0, stdout + stderr
     assert "resuming from step=" in stdout

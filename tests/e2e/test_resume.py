@@ -87,7 +87,7 @@ def test_killed_while_it_writes_a_checkpoint(
         "step=7.ckpt",
     ]
     with pytest.warns(UserWarning, match=r"step=14\.ckpt: truncated .* taking the one before"):
-        assert train([*command, "--resume=true"]) == 0
+        assert train([*command, "--resume"]) == 0
     assert "resuming from step=7.ckpt" in capsys.readouterr().out
     assert_same_outcome(tmp_path / "out", finished)
 
@@ -98,7 +98,7 @@ def test_killed_while(moment: str, tmp_path: Path, corpus: Path, finished: Path,
     # A cache of its own, so that the corpus is stored anew.
     command = arguments(corpus, tmp_path / "out", data__cache_dir=tmp_path / "cache")
     kill_in(MOMENTS[moment], command, {})
-    assert train([*command, "--resume=true"]) == 0
+    assert train([*command, "--resume"]) == 0
     assert_same_outcome(tmp_path / "out", finished)
     assert not list((tmp_path / "cache").glob("*.building"))
 
