@@ -36,11 +36,12 @@ class Generator:
         drafter: For speculative decoding: a name in `drafters.DRAFTERS`, a `Drafter`, or several to choose
             from at each step; the ids stay those of decoding without one (`SpeculativeDecoder`).
         weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, "fp32", or
-            "int8" or "int4", which decode faster and change the output a little (`decoding.weights`).
+            "int8" or "int4", which decode faster and change the output a little (`decoding.weights`); what
+            they are multiplied by is in bf16, or in fp32 where the hardware has no bf16.
         compile: Compile the step that decodes one token; the first call then takes up to a minute longer.
 
     Raises InputError for an unknown cache, drafter or kind of weights, and for weights that the model's sizes
-    or the hardware do not allow.
+    do not allow.
     """
 
     def __init__(
@@ -56,15 +57,12 @@ class Generator:
         if weights not in WEIGHTS:
             raise InputError(f"unknown weights {weights!r}: choose one of {', '.join(WEIGHTS)}")
         self.device = next(model.parameters()).device
-        if not supports_bf16(self.device) and weights != "fp32":
-            if weights in KINDS:
-                raise InputError(
-                    f"weights {weights} need bf16 arithmetic, which {self.device} does not have: choose fp32"
-                )
+        has_bf16 = supports_bf16(self.device)
+        if weights == "bf16" and not has_bf16:
             warnings.warn(f"{self.device} has no bf16 arithmetic: decoding with fp32 weights", stacklevel=2)
             weights = "fp32"
         self.weights = weights
-        self.dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+        self.dtype = torch.bfloat16 if has_bf16 and weights != "fp32" else torch.float32
         self.cache = cache
         self.compile = compile
         # A copy of the modules around the weights in their decoding dtype; where that is theirs already, the

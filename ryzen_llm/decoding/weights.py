@@ -35,11 +35,11 @@ class Int8Linear(nn.Module):
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         codes = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.codes = nn.Buffer(codes.contiguous())
-        self.scale = nn.Buffer(scale.bfloat16())
+        self.scale = nn.Buffer(scale.to(linear.weight.dtype))
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) bf16 -> (..., out_features) bf16."""
+        """(..., in_features) -> (..., out_features), in the dtype of the layer that this was made of."""
         rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu" and rows.shape[0] <= MOST_PACKED_ROWS:
             y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
@@ -68,13 +68,13 @@ class Int4Linear(nn.Module):
         minimum = groups.amin(-1).bfloat16()
         scale = ((groups.amax(-1) - minimum.float()) / 15).clamp(min=1e-6).bfloat16()
         codes = ((groups - minimum.float()[..., None]) / scale.float()[..., None]).round()
-        packed = pack_int4(codes.clamp(0, 15).to(torch.uint8), scale, minimum)
+        packed = pack_int4(codes.clamp(0, 15).to(torch.uint8), scale, minimum, linear.weight.dtype)
         self.codes = nn.Buffer(packed.codes)
         self.factors = None if packed.factors is None else nn.Buffer(packed.factors)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) bf16 -> (..., out_features) bf16."""
+        """(..., in_features) -> (..., out_features), in the dtype of the layer that this was made of."""
         y = int4_linear(x, PackedInt4(self.codes, self.factors))
         return y if self.bias is None else y + self.bias
 
@@ -115,7 +115,7 @@ KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "in
 
 
 def quantise_weights(model: Transformer, kind: str) -> None:
-    """Replace every linear layer of `model` in bf16, and its output head, by one with weights of `kind`.
+    """Replace every linear layer of `model`, and its output head, by one with weights of `kind`.
 
     A tied dense embedding stays as it is for looking up tokens; its quantised form is the head's. Raises
     InputError where a layer's size does not suit the kind, naming the layer.

@@ -1,4 +1,4 @@
-"""y = x Wᵀ with weights of 4 bits, on a CPU: in C++ where it has AVX512-BF16, else by PyTorch's own op.
+"""y = x Wᵀ with weights of 4 bits, on a CPU: in C++ with AVX2 (bf16: AVX512-BF16), else by PyTorch's op.
 
     W[n, k] = codes[n, k] * scale[n, k // 32] + minimum[n, k // 32]
     y[n]    = Σ_g scale[n, g] * (Σ_{k in g} x[k] * codes[n, k]) + minimum[n, g] * Σ_{k in g} x[k]
@@ -32,11 +32,15 @@ GROUP = 32
 TILE = 16
 
 
+def is_in_cpp(dtype: torch.dtype) -> bool:
+    """Whether there is a C++ form for inputs of `dtype`, fp32 or bf16."""
+    features = cpu_features()
+    return (features.avx512_bf16 if dtype == torch.bfloat16 else features.avx2) and is_compiled()
+
+
 @functools.cache
 def is_compiled() -> bool:
-    """Whether the C++ form is there; the first call on a machine compiles it, which takes half a minute."""
-    if not cpu_features().avx512_bf16:
-        return False
+    """Compile the C++ forms, half a minute in a machine's first call; False, and a warning, if that fails."""
     from torch.utils.cpp_extension import load
 
     logging.getLogger(__name__).info("compiling the product for weights of 4 bits")
@@ -53,8 +57,9 @@ def is_compiled() -> bool:
             )
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         warnings.warn(
-            "weights int4: the C++ product could not be compiled, PyTorch's slower one is used; it needs a "
-            f"C++ compiler and ninja ({' '.join(str(error).split())[:200]})",
+            "weights int4: the C++ product could not be compiled, PyTorch's slower one is used (without bf16 "
+            "arithmetic it is slower than --weights fp32); it needs a C++ compiler and ninja "
+            f"({' '.join(str(error).split())[:200]})",
             stacklevel=2,
         )
         return False
@@ -69,19 +74,20 @@ class PackedInt4(NamedTuple):
     factors: Tensor | None
 
 
-def pack_int4(codes: Tensor, scale: Tensor, minimum: Tensor) -> PackedInt4:
+def pack_int4(codes: Tensor, scale: Tensor, minimum: Tensor, dtype: torch.dtype) -> PackedInt4:
     """Lay weights out for `int4_linear`.
 
     Args:
         codes: (out_features, groups, 32) uint8 from 0 to 15; out_features is a multiple of 16.
         scale: (out_features, groups) bf16.
         minimum: The same.
+        dtype: Of the inputs, bf16 or fp32.
     """
     out_features, groups, _ = codes.shape
-    if not is_compiled():
+    if not is_in_cpp(dtype):
         whole = codes.view(out_features, -1).to(torch.int32)
-        zero = (minimum.float() + 8 * scale.float()).bfloat16()
-        factors = torch.stack((scale.T, zero.T), -1).contiguous()
+        zero = minimum.float() + 8 * scale.float()
+        factors = torch.stack((scale.T, zero.T), -1).to(dtype).contiguous()
         return PackedInt4(torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1), factors)
     parts = codes.view(-1, TILE, groups, 4, 4, 2).to(torch.int32)  # tile, output, group, part, nibble, j
     words = parts[..., 0, :] | parts[..., 1, :] << 4 | parts[..., 2, :] << 8 | parts[..., 3, :] << 12
@@ -92,7 +98,7 @@ def pack_int4(codes: Tensor, scale: Tensor, minimum: Tensor) -> PackedInt4:
 
 
 def int4_linear(x: Tensor, weight: PackedInt4) -> Tensor:
-    """(..., in_features) bf16 -> (..., out_features) bf16."""
+    """(..., in_features) -> (..., out_features), both in the dtype that `weight` is packed for."""
     if weight.factors is None:
         y: Tensor = torch.ops.ryzen_llm.int4_linear(x, weight.codes)
         return y

@@ -18,6 +18,11 @@ _SWITCHES = {
 baseline (`_vs_strong`) have the same."""
 
 _QUALITY = "_quality"
+_CAUSES = {
+    "numerical_correctness": "train with --trainer.precision 32-true, or with --compile false",
+    "accuracy_preservation": "train with --trainer.precision 32-true, or with --model.embedding dense",
+}
+"""What to change where such a claim fails."""
 
 
 def recommend(results: list[ValidationResult]) -> list[str]:
@@ -76,8 +81,8 @@ def _remedy(result: ValidationResult) -> str:
         return result.message
     if result.status == "WARNING":
         return f"{result.message}; {_rounds(result)} could not settle it, more (--validation_rounds) may"
-    if result.name == "numerical_correctness":
-        return f"{result.message}; train with --trainer.precision 32-true, or with --compile false"
+    if result.name in _CAUSES:
+        return f"{result.message}; {_CAUSES[result.name]}"
     return f"misses its threshold here: {result.message}"
 
 

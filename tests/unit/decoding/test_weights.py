@@ -9,41 +9,42 @@ from torch import nn
 from ryzen_llm.decoding import Generator
 from ryzen_llm.decoding.weights import KINDS, MOST_PACKED_ROWS, Int4Linear, Int8Linear
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import supports_bf16
 from ryzen_llm.model import ModelConfig, Transformer
 
-needs_bf16 = pytest.mark.skipif(
-    not supports_bf16(torch.device("cpu")), reason="this CPU has no bf16 arithmetic"
-)
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-def dequantised(layer: nn.Module, in_features: int) -> torch.Tensor:
+def dequantised(layer: nn.Module, in_features: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight that a layer stands for, by giving it one input at a time."""
-    return layer(torch.eye(in_features, dtype=torch.bfloat16)).float().T
+    return layer(torch.eye(in_features, dtype=dtype)).float().T
 
 
 @pytest.mark.parametrize(("kind", "levels"), [("int8", 254), ("int4", 15)])
 @pytest.mark.parametrize("rows", [1, 7, MOST_PACKED_ROWS + 1])
-def test_every_weight_is_off_by_half_a_step_at_most(kind: str, levels: int, rows: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_weight_is_off_by_half_a_step_at_most(
+    kind: str, levels: int, rows: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(96, 64, bias=False)
+    linear = nn.Linear(96, 64, bias=False).to(dtype)
     layer = KINDS[kind](linear, "layer")
-    groups = linear.weight.detach().view(64, 1 if kind == "int8" else 3, -1)
+    groups = linear.weight.detach().float().view(64, 1 if kind == "int8" else 3, -1)
     spread = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
     step = (spread / levels)[..., None].expand_as(groups).reshape(64, 96)
-    weight = dequantised(layer, 96)
+    weight = dequantised(layer, 96, dtype)
     # bf16 scales, zeros and results: 8 bits of precision on top of half a step.
     assert ((weight - linear.weight).abs() <= 0.5 * step + 0.012 * linear.weight.abs().max()).all()
-    x = torch.randn(rows, 96).bfloat16()
+    x = torch.randn(rows, 96).to(dtype)
+    assert layer(x).dtype == dtype
     torch.testing.assert_close(layer(x).float(), x.float() @ weight.T, atol=0.02, rtol=0.02)
 
 
-def test_biases_are_added() -> None:
-    linear = nn.Linear(32, 16).bfloat16()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases_are_added(dtype: torch.dtype) -> None:
+    linear = nn.Linear(32, 16).to(dtype)
     for kind in KINDS.values():
-        assert torch.equal(
-            kind(linear, "layer")(torch.zeros(2, 3, 32).bfloat16()), linear.bias.expand(2, 3, 16)
-        )
+        zeros = torch.zeros(2, 3, 32, dtype=dtype)
+        assert torch.equal(kind(linear, "layer")(zeros), linear.bias.expand(2, 3, 16))
 
 
 @pytest.mark.parametrize(
@@ -63,10 +64,14 @@ def test_sizes_that_the_ops_get_wrong_are_refused(kind: Any, sizes: tuple[int, i
         kind(nn.Linear(*sizes), "it")
 
 
-@needs_bf16
 @pytest.mark.parametrize(("weights", "largest"), [("int8", 0.03), ("int4", 0.3)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_model_says_nearly_the_same(weights: str, largest: float, tied: bool) -> None:
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_model_says_nearly_the_same(
+    weights: str, largest: float, tied: bool, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On hardware that has bf16 arithmetic, and on hardware that has not."""
+    monkeypatch.setattr("ryzen_llm.decoding.generator.supports_bf16", lambda device: has_bf16)
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=112,
@@ -82,8 +87,9 @@ def test_a_model_says_nearly_the_same(weights: str, largest: float, tied: bool) 
     quantised = Generator(model, weights=weights).model
     ids = torch.randint(0, 112, (2, 50))
     with torch.no_grad():
-        exact, got = model(ids), quantised(ids).float()
-    error = (got - exact).square().mean().sqrt() / exact.std()
+        exact, got = model(ids), quantised(ids)
+    assert got.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    error = (got.float() - exact).square().mean().sqrt() / exact.std()
     assert 0.001 < error < largest
     assert not any(isinstance(module, nn.Linear) for module in quantised.modules())
     assert any(isinstance(module, nn.Linear) for module in model.modules()), "the model itself is left alone"

@@ -90,6 +90,7 @@ def test_other_claims_are_there_only_where_they_did_not_pass() -> None:
             result("end_to_end", measured=2.0, status="FAIL"),
             result("end_to_end_vs_strong", measured=1.0, status="WARNING"),
             result("numerical_correctness", metric="increase", measured=0.5, status="FAIL"),
+            result("accuracy_preservation", metric="increase", measured=0.5, status="FAIL"),
             result("another", measured=9.0),
         ]
     )
@@ -99,6 +100,8 @@ def test_other_claims_are_there_only_where_they_did_not_pass() -> None:
         "(--validation_rounds) may",
         "numerical_correctness: the message of numerical_correctness; train with --trainer.precision "
         "32-true, or with --compile false",
+        "accuracy_preservation: the message of accuracy_preservation; train with --trainer.precision "
+        "32-true, or with --model.embedding dense",
     ]
 
 
