@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import importlib.util
 import json
 import math
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +20,18 @@ from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor
 
+from benchmarks.cache_peers import PEERS, Arm, build_peer
+from benchmarks.decode_profile import profile_decoding
 from benchmarks.side_by_side import peak_memory, settings_of, speedup, time_arms
 from ryzen_llm.cache import KVCache, LayerFormat, build_cache
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.decoding import Generator, KVCacheOptimizer
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import export_pretrained, load_pretrained
+from ryzen_llm.interop import load_pretrained
+from ryzen_llm.kernels import shared_compilations
 from ryzen_llm.model import Transformer
 
-PARTS = ("memory", "quality", "speed")
+PARTS = ("memory", "quality", "speed", "profile")
 KINDS = ("dense", "int8", "k8v4", "int4", "int4-sinks")
 Kinds = str | Sequence[str | LayerFormat]
 
@@ -65,24 +66,30 @@ def main(arguments: list[str]) -> None:
     if found.get("model", Path(options.model).name) != Path(options.model).name:
         raise InputError(f"--out {options.out}: holds figures of {found['model']}; name another file")
     found |= {"benchmark": "kv_cache", "model": Path(options.model).name}
-    if "memory" in options.parts:
-        found["memory"] = memory(model, ids, options, console)
-    if "quality" in options.parts:
-        found["quality"] = quality(model, ids, options, console)
-    if "speed" in options.parts:
-        found["speed"] = speed(model, tokenizer, ids, options, console)
-    for part in options.parts:
+
+    def keep(part: str, rows: list[dict[str, Any]]) -> None:
+        """Into the file, in place of what is there of the same lengths; a later part may fail."""
+        measured = {row.get("length") for row in rows}
+        others = [row for row in found.get(part, []) if row.get("length") not in measured]
+        found[part] = [*others, *rows]
         found.setdefault("settings", {})[part] = settings_of(options)
-    found["environment"] = describe_environment()
-    write_json(options.out, found)
+        write_json(options.out, found | {"environment": describe_environment()})
+
+    if "memory" in options.parts:
+        keep("memory", memory(model, options, console))
+    if "quality" in options.parts:
+        keep("quality", quality(model, ids, options, console))
+    if "speed" in options.parts:
+        for rows in speed(model, tokenizer, ids, options, console):
+            keep("speed", rows)
+    if "profile" in options.parts:
+        keep("profile", [profile(model, ids[:length], options, console) for length in options.decode_lengths])
     console.print(f"written: {options.out}")
     plot(found, options.out.with_suffix(".png"), console)
 
 
 @torch.inference_mode()
-def memory(
-    model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
-) -> list[dict[str, Any]]:
+def memory(model: Transformer, options: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """Bytes of a cache after so many tokens, and at the peak while its buffers grew up to there."""
     rows: list[dict[str, Any]] = []
     table = Table(title="bytes allocated, saved against bf16")
@@ -107,15 +114,14 @@ def memory(
 def quality(
     model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
-    """Perplexity, divergence and agreement with the dense cache; calibrated on the end of the text, which is
-    not scored.
+    """Perplexity, divergence and agreement with the dense cache, which is in bf16, of a model that computes
+    in fp32, so that only what the caches do is seen; calibrated on the end of the text, which is not scored.
     """
     context = options.context
-    model = Generator(model).model  # in bf16, where the hardware has it
     windows = ids[: options.windows * context].view(-1, context)
     arms: list[tuple[str, Kinds]] = [(kind, kind) for kind in options.kinds]
     with console.status("measuring each layer in each format"):
-        optimizer = KVCacheOptimizer(model, ids[-context // 2 :][None])
+        optimizer = KVCacheOptimizer(model, ids[-context:][None])
         choices = [optimizer.choose(saving=saving) for saving in options.savings]
     calibrated = optimizer.formats(["int4-sinks"] * model.config.num_layers)
     arms.append(("int4-sinks, calibrated", calibrated))
@@ -167,16 +173,10 @@ def quality(
     return rows
 
 
-Arm = Callable[[Tensor], tuple[float, float]]
-"""A prompt (time,) -> seconds to the first token, and seconds a token from there."""
-
-PEERS = ("transformers", "static", "quanto", "hqq", "llama.cpp", "llama.cpp q8_0", "llama.cpp q4_0")
-
-
 def speed(
     model: Transformer, tokenizer: Tokenizer, ids: Tensor, options: argparse.Namespace, console: Console
-) -> list[dict[str, Any]]:
-    """Prefill and decoding tokens/s, all arms in interleaved rounds."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Prefill and decoding tokens/s for one length after the other, all arms in interleaved rounds."""
     prompts = {length: ids[:length] for length in options.decode_lengths}
     arms: dict[str, Arm] = {}
     absent: dict[str, str] = {}
@@ -185,11 +185,19 @@ def speed(
         arms[f"ours {kind}"] = _ours(generator, options.new_tokens)
     for peer in options.peers:
         try:
-            arms[peer] = _peer(peer, model, tokenizer, options)
+            arms[peer] = build_peer(
+                peer,
+                options.model,
+                model,
+                tokenizer,
+                generator.dtype,
+                max(options.decode_lengths),
+                options.new_tokens,
+            )
         except (ImportError, InputError) as error:
             absent[peer] = str(error)
-    rows = []
     for length, prompt in prompts.items():
+        rows: list[dict[str, Any]] = []
         if length + options.new_tokens > model.config.max_position_embeddings:
             continue
         prefill, decode = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
@@ -228,10 +236,10 @@ def speed(
                 str(ratio),
             )
         console.print(table)
-    for name, why in absent.items():
-        console.print(f"not measured: {name} ({why})")
-        rows.append({"arm": name, "length": None, "not_measured": why})
-    return rows
+        for name, why in absent.items():
+            console.print(f"not measured: {name} ({why})")
+            rows.append({"arm": name, "length": length, "not_measured": why})
+        yield rows
 
 
 def _time(
@@ -255,91 +263,24 @@ def _ours(generator: Generator, new_tokens: int) -> Arm:
     return run
 
 
-def _peer(name: str, model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace) -> Arm:
-    if name.startswith("llama.cpp"):
-        return _llama_cpp(name, options)
-    return _transformers(name, model, tokenizer, options)
-
-
-def _llama_cpp(name: str, options: argparse.Namespace) -> Arm:
-    if not str(options.model).endswith(".gguf"):
-        raise InputError("reads GGUF files only")
-    import llama_cpp
-
-    kind = {"q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}.get(name.partition(" ")[2])
-    threads = torch.get_num_threads()
-    engine = llama_cpp.Llama(
-        model_path=options.model,
-        verbose=False,
-        n_ctx=max(options.decode_lengths) + options.new_tokens + 8,
-        n_batch=512,
-        n_threads=threads,
-        n_threads_batch=threads,
-        type_k=kind,
-        type_v=kind,
-        flash_attn=kind is not None,
+def profile(
+    model: Transformer, prompt: Tensor, options: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """Where a step of decoding with a dense cache spends its time, and how much bandwidth it reaches."""
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}), shared_compilations():
+        torch._dynamo.reset()
+        row = profile_decoding(Generator(model, weights=options.weights, compile=True), prompt)
+    table = Table(title=f"a step of {1e3 * row['step_seconds']:.2f} ms after {len(prompt)} tokens")
+    table.add_column("part")
+    table.add_column("ms", justify="right")
+    for part, seconds in row["parts_seconds"].items():
+        table.add_row(part, f"{1e3 * seconds:.2f}")
+    console.print(table)
+    console.print(
+        f"reads {row['bytes_read'] / 2**20:.0f} MiB: {row['bytes_per_second'] / 1e9:.1f} of "
+        f"{row['read_bandwidth'] / 1e9:.1f} GB/s, {row['share_of_bandwidth']:.0%}"
     )
-
-    def run(prompt: Tensor) -> tuple[float, float]:
-        engine.reset()  # or it takes up the cache of the round before, and there is nothing to read
-        started = time.perf_counter()
-        tokens = engine.generate(prompt.tolist(), temp=0.0, reset=False)
-        next(tokens)
-        first = time.perf_counter()
-        for _ in range(options.new_tokens):
-            next(tokens)
-        return first - started, (time.perf_counter() - first) / options.new_tokens
-
-    return run
-
-
-def _transformers(name: str, model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace) -> Arm:
-    if importlib.util.find_spec("transformers") is None:
-        raise InputError("not installed: pip install transformers")
-    import tempfile
-
-    import transformers
-
-    with tempfile.TemporaryDirectory() as directory:
-        export_pretrained(model, tokenizer, directory)
-        peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    settings: dict[str, Any] = {"static": {"cache_implementation": "static"}}.get(name, {})
-    if name in ("quanto", "hqq"):
-        nbits = 4 if name == "quanto" else 8
-        settings = {
-            "cache_implementation": "quantized",
-            "cache_config": {"backend": name, "nbits": nbits},
-        }
-
-    class Clock:
-        """Notes when each token came."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, _: Tensor) -> None:
-            self.times.append(time.perf_counter())
-
-        def end(self) -> None:
-            pass
-
-    def run(prompt: Tensor) -> tuple[float, float]:
-        clock = Clock()
-        started = time.perf_counter()
-        peer.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt)[None],
-            do_sample=False,
-            min_new_tokens=options.new_tokens + 1,
-            max_new_tokens=options.new_tokens + 1,
-            streamer=clock,
-            **settings,
-        )
-        _, first, *rest = clock.times  # the streamer gets the prompt first
-        return first - started, (rest[-1] - first) / len(rest)
-
-    gc.collect()
-    return run
+    return row
 
 
 def plot(found: dict[str, Any], path: Path, console: Console) -> None:
@@ -359,9 +300,9 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
     left.set(xlabel="tokens", ylabel="peak MiB allocated", xscale="log", yscale="log")
     left.legend()
     for row in found.get("quality", []):
-        right.plot(100 * row["saved"], 100 * row["perplexity_increase"], "o")
-        right.annotate(row["cache"], (100 * row["saved"], 100 * row["perplexity_increase"]), fontsize=7)
+        right.plot(100 * row["saved"], 100 * row["perplexity_increase"], "o", label=row["cache"])
     right.set(xlabel="% saved against bf16", ylabel="% perplexity increase")
+    right.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     console.print(f"written: {path}")

@@ -25,6 +25,12 @@ def copy_bandwidth(device: torch.device) -> float:
     return 8 * count / _shortest(lambda: target.copy_(source))
 
 
+def read_bandwidth() -> float:
+    """The best rate of reading a large array by the CPU, in bytes per second."""
+    source = torch.ones(2**27)  # fp32: 512 MiB
+    return 4 * source.numel() / _shortest(lambda: source.sum())
+
+
 def _shortest(run: Callable[[], object]) -> float:
     """Seconds of the shortest of ten runs."""
     best = float("inf")

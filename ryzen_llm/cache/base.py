@@ -48,11 +48,10 @@ class Format(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """What is done to a layer's keys, or values, before they are stored, in place of a rotation.
+    """What is done to a layer's keys before they are stored, in place of a rotation.
 
-    (x - offset) @ matrix is stored. It is undone for free: queries are multiplied by the inverse, transposed,
-    and q · offset, the same for every key, does nothing in a softmax; the context is multiplied by the
-    inverse of the values' matrix, and their offset added.
+    (key - offset) @ matrix is stored. It is undone for free: queries are multiplied by the inverse,
+    transposed, and q · offset, the same for every key, does nothing in a softmax.
 
     Attributes:
         offset: (kv_heads, 1, head_dim) fp32.
@@ -79,11 +78,9 @@ class LayerFormat:
         sinks: How many of the first tokens are kept as they are, too: attention leans on them whatever they
             say (Xiao et al. 2023, arXiv:2309.17453), and their keys are the most extreme.
         key_transform: Measured by `KVCacheOptimizer`; None for none.
-        value_transform: The same for the values.
     """
 
     keys: Format
     values: Format
     sinks: int = 0
     key_transform: Transform | None = None
-    value_transform: Transform | None = None

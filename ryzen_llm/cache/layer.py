@@ -23,6 +23,7 @@ class LayerCache:
         positions: (1, time) or (batch, time) int64, those that the last `KVCache.append` gave out.
         ring: Slots of the ring buffer of a layer with a window; 0 where slot and position are the same.
         most_slots: What it can grow to.
+        key_transform: Offset, matrix and inverse of the format's `Transform`, on the device; empty for none.
     """
 
     positions: Tensor
@@ -49,9 +50,8 @@ class LayerCache:
         self.values = format.values.empty(shape, dtype, device)
         # The last slot takes every later token's, so that writing needs no branch.
         sinks = (batch_size, kv_heads, format.sinks + 1, head_dim)
-        key_transform, value_transform = format.key_transform, format.value_transform
-        self.key_transform = None if key_transform is None else key_transform.to(device)
-        self.value_transform = None if value_transform is None else value_transform.to(device)
+        transform = format.key_transform
+        self.key_transform: tuple[Tensor, ...] = () if transform is None else transform.to(device)
         self.sinks = (
             tuple(torch.zeros(sinks, dtype=dtype, device=device) for _ in range(2)) if format.sinks else ()
         )
@@ -59,13 +59,8 @@ class LayerCache:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that it holds."""
-        parts = (*self.keys, *self.values, *self.sinks, *self.transforms)
+        parts = (*self.keys, *self.values, *self.sinks, *self.key_transform)
         return [part for part in parts if part is not None]
-
-    @property
-    def transforms(self) -> list[Tensor]:
-        """Offset, matrix and inverse of the keys' transform and of the values', as far as there are any."""
-        return [*(self.key_transform or ()), *(self.value_transform or ())]
 
     @property
     def num_slots(self) -> int:
@@ -142,11 +137,7 @@ class LayerCache:
         context = cached_attention(
             queries, self.keys, self.values, positions, ring=self.ring, window=self.window, sinks=sinks
         )
-        if self.value_transform:
-            offset, _, inverse = self.value_transform
-            grouped = rotate(torch.unflatten(context, 1, (keys.shape[1], -1)), inverse[:, None])
-            context = torch.flatten(grouped + offset[:, None], 1, 2)
-        elif self.format.values.rotated:
+        if self.format.values.rotated:
             context = hadamard(context)
         return context.to(queries.dtype)
 
@@ -158,9 +149,6 @@ class LayerCache:
         return hadamard(keys).to(keys.dtype) if self.format.keys.rotated else keys
 
     def _stored_values(self, values: Tensor) -> Tensor:
-        if self.value_transform:
-            offset, matrix, _ = self.value_transform
-            return rotate(values - offset, matrix)
         return hadamard(values) if self.format.values.rotated else values
 
     def _sinks_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

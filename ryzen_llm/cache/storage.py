@@ -110,7 +110,10 @@ def _layout(cache: KVCache) -> list[list[Any]]:
             layer.head_dim,
             layer.window,
             layer.ring,
-            *(hashlib.sha256(part.cpu().contiguous().numpy().data).hexdigest() for part in layer.transforms),
+            *(
+                hashlib.sha256(part.cpu().contiguous().numpy().data).hexdigest()
+                for part in layer.key_transform
+            ),
             *(str(tensor.dtype) for tensor in layer.sinks or layer.keys[:1]),
         ]
         for layer in cache.layers

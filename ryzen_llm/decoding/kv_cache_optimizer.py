@@ -20,6 +20,8 @@ CANDIDATES = ("int8", "k8v4", "int4-sinks")
 """From the most bytes to the fewest; before all of them comes dense."""
 LEAST_SHARE = 1e-3
 """Of the mean variance, that every direction is taken to have at least."""
+COST_TOKENS = 1024
+"""Tokens of the calibration text that each layer is measured on in each format."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class CacheChoice:
 
     Attributes:
         names: Each layer's format by name.
-        formats: The same with the measured transforms, for `Generator(cache=...)`.
+        formats: The same with the measured `Transform`s, for `Generator(cache=...)`.
         bytes_per_token: Of all layers.
         saving: Share of the bytes per token of a dense cache in bf16.
         kl: Measured mean KL divergence from the dense model on the calibration text, in nats a token.
@@ -64,12 +66,12 @@ class KVCacheOptimizer:
     """Picks formats for a model's layers within a budget of memory or quality.
 
     Each layer is measured in each format while the others stay dense; then, from dense on, the change with
-    the least divergence for the bytes that it saves is made, one after the other. Keys and values of
-    4 bits get a `Transform` measured on the same text.
+    the least divergence for the bytes that it saves is made, one after the other. Keys of 4 bits get a
+    `Transform` measured on the same text.
 
     Args:
         model: The model, left as it is.
-        calibration: Token ids of real text, (batch, time) int64; a few hundred tokens or more.
+        calibration: Token ids of real text, (batch, time) int64; some thousand tokens are better than few.
 
     Raises InputError for a calibration text that cannot work.
     """
@@ -84,11 +86,11 @@ class KVCacheOptimizer:
         self.calibration = calibration.to(next(model.parameters()).device)
         self._costs: list[LayerCost] | None = None
         with torch.inference_mode():
-            self._dense_logits = self._logits(["dense"] * model.config.num_layers)
-            transforms = self._transforms()
+            self._dense_logits = self._logits(["dense"] * model.config.num_layers, self.calibration)
+            transforms = self._key_transforms()
         self._formats = [
-            {name: _with_transforms(CACHES[name], *pair) for name in ("dense", *CANDIDATES)}
-            for pair in transforms
+            {name: _with_transform(CACHES[name], transform) for name in ("dense", *CANDIDATES)}
+            for transform in transforms
         ]
 
     @torch.inference_mode()
@@ -119,7 +121,7 @@ class KVCacheOptimizer:
         return best
 
     def formats(self, names: Sequence[str]) -> tuple[LayerFormat, ...]:
-        """Formats by name with this model's transforms."""
+        """Formats by name, with this model's `Transform`s."""
         return tuple(layer[name] for layer, name in zip(self._formats, names, strict=True))
 
     def _path(self) -> list[list[str]]:
@@ -153,7 +155,7 @@ class KVCacheOptimizer:
         return names
 
     def _measured(self, names: Sequence[str]) -> CacheChoice:
-        logits = self._logits(self.formats(names))
+        logits = self._logits(self.formats(names), self.calibration)
         targets = self.calibration[:, 1:].flatten()
         loss, dense = (
             float(F.cross_entropy(x[:, :-1].flatten(0, 1), targets)) for x in (logits, self._dense_logits)
@@ -169,23 +171,25 @@ class KVCacheOptimizer:
         )
 
     def _divergence(self, names: Sequence[str]) -> float:
-        return self._kl(self._logits(self.formats(names)))
+        return self._kl(self._logits(self.formats(names), self.calibration[:1, :COST_TOKENS]))
 
     def _kl(self, logits: Tensor) -> float:
-        mine, dense = (x.flatten(0, 1).log_softmax(-1) for x in (logits, self._dense_logits))
+        """Of the dense model from `logits`, on as much of the calibration text as those are for."""
+        texts, tokens, _ = logits.shape
+        mine, dense = (x.flatten(0, 1).log_softmax(-1) for x in (logits, self._dense_logits[:texts, :tokens]))
         return float(F.kl_div(mine, dense, log_target=True, reduction="batchmean"))
 
-    def _logits(self, kinds: Sequence[str | LayerFormat]) -> Tensor:
-        logits: Tensor = self.model(self.calibration, self._cache(kinds))
+    def _logits(self, kinds: Sequence[str | LayerFormat], ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(ids, self._cache(kinds, ids))
         return logits.float()
 
-    def _cache(self, kinds: Sequence[str | LayerFormat]) -> KVCache:
+    def _cache(self, kinds: Sequence[str | LayerFormat], ids: Tensor) -> KVCache:
         weight = next(self.model.parameters())
         return build_cache(
             kinds,
             self.model.config,
-            batch_size=self.calibration.shape[0],
-            max_length=self.calibration.shape[1],
+            batch_size=ids.shape[0],
+            max_length=ids.shape[1],
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -207,49 +211,41 @@ class KVCacheOptimizer:
         cache.reserve(BLOCK)
         return (cache.bytes_allocated - fixed) / BLOCK / len(cache.layers)
 
-    def _transforms(self) -> list[tuple[Transform, Transform]]:
-        """Of each layer's keys and values."""
-        cache = self._cache(["dense"] * self.model.config.num_layers)
+    def _key_transforms(self) -> list[Transform]:
+        """Of each layer."""
+        cache = self._cache(["dense"] * self.model.config.num_layers, self.calibration)
         moments: list[Tensor] = []
         for layer in cache.layers:
             layer.attend = _recording(layer.attend, moments)  # type: ignore[method-assign, assignment]
         self.model(self.calibration, cache)
         transforms = []
-        for layer, block, queries in zip(cache.layers, self.model.blocks, moments, strict=True):
+        for layer, queries in zip(cache.layers, moments, strict=True):
             # Sinks are stored as they are, too, and are too unlike other keys to have a say here.
-            keys, values = (
-                stored.codes[:, :, CACHES["int4-sinks"].sinks : cache.length].double().transpose(0, 1)
-                for stored in (layer.keys, layer.values)
-            )
-            output = block.get_parameter("attention.o_proj.weight").detach().double()
-            heads = output.T.reshape(len(keys), -1, layer.head_dim, len(output))
-            transforms.append((_transform(keys, queries), _transform(values, (heads @ heads.mT).sum(1))))
+            keys = layer.keys.codes[:, :, CACHES["int4-sinks"].sinks : cache.length].double()
+            transforms.append(_transform(keys.transpose(0, 1), queries))
         return transforms
 
 
-def _with_transforms(format: LayerFormat, keys: Transform, values: Transform) -> LayerFormat:
-    return dataclasses.replace(
-        format,
-        key_transform=keys if format.keys.rotated else None,
-        value_transform=values if format.values.rotated else None,
-    )
+def _with_transform(format: LayerFormat, transform: Transform) -> LayerFormat:
+    return dataclasses.replace(format, key_transform=transform) if format.keys.rotated else format
 
 
-def _transform(x: Tensor, readers: Tensor) -> Transform:
-    """The transform under which rounding x costs least, for x (kv_heads, batch, time, head_dim) fp64.
+def _transform(keys: Tensor, queries: Tensor) -> Transform:
+    """The transform under which rounding keys costs the scores least.
 
-    What reads x are vectors r with second moments `readers` (kv_heads, head_dim, head_dim): r · x matters.
-    After a transform A its error of r · x is about |r A⁻¹|² |A x|². With C the covariance of x and R =
-    readers, tr(A⁻ᵀ R A⁻¹) tr(A C Aᵀ) is least where AᵀA is M with M C M = R, the geometric mean of R and C⁻¹.
+    `keys` is (kv_heads, batch, time, head_dim) fp64, `queries` the second moments of what is multiplied with
+    them, (kv_heads, head_dim, head_dim). After a transform A the error of a score q · k is about |q A⁻¹|² |A
+    k|². With C the covariance of k and R = `queries`, tr(A⁻ᵀ R A⁻¹) tr(A C Aᵀ) is least where AᵀA is M with
+    M C M = R, the geometric mean of R and C⁻¹.
     What rotation A has left is chosen so that all channels have the same variance: the principal axes, then
     Hadamard. With diagonal matrices only, this is SmoothQuant's balance (Xiao et al. 2022, arXiv:2211.10438).
     """
-    x = x.flatten(1, 2)
-    offset = x.mean(1, keepdim=True)
-    covariance = _regular((x - offset).mT @ (x - offset) / x.shape[1])
+    keys = keys.flatten(1, 2)
+    offset = keys.mean(1, keepdim=True)
+    covariance = _regular((keys - offset).mT @ (keys - offset) / keys.shape[1])
     root = _power(covariance, 0.5)
     inverse_root = _power(covariance, -0.5)
-    mean = inverse_root @ _power(root @ _regular(readers) @ root, 0.5) @ inverse_root
+    mean = inverse_root @ _power(root @ _regular(queries) @ root, 0.5) @ inverse_root
     stretch = _power(mean, 0.5)
     axes = torch.linalg.eigh(stretch @ covariance @ stretch).eigenvectors
     matrix = hadamard(stretch @ axes)

@@ -70,6 +70,8 @@ class RunOptions:
         seed: Seed of the weights and of everything else that is drawn.
         compile: Compile the model's blocks with torch.compile.
         checkpoint_activations: Compute activations again in backward: less memory, about a third more time.
+        kernel_seconds: For measuring kernels in setup; after these no other form is tried, and the next run
+            goes on.
         checkpoint_every_n_steps: Optimizer steps between checkpoints.
         sample_every_n_steps: Every n-th step is kept in training_metrics_report.json.
         validation_rounds: Paired rounds for each timed claim; 6 or more give an interval.
@@ -86,6 +88,7 @@ class RunOptions:
     seed: int = 0
     compile: bool = True
     checkpoint_activations: bool = False
+    kernel_seconds: float = 15.0
     checkpoint_every_n_steps: int = 100
     sample_every_n_steps: int = 100
     validation_rounds: int = 12
@@ -96,6 +99,8 @@ class RunOptions:
         for name in ("checkpoint_every_n_steps", "sample_every_n_steps", "validation_rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if not self.kernel_seconds >= 0:
+            raise InputError(f"kernel_seconds is {self.kernel_seconds}, expected zero or more")
         if self.twin_steps < 0:
             raise InputError(f"twin_steps is {self.twin_steps}, expected zero or more")
         if self.seed < 0:

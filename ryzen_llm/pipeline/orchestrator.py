@@ -165,6 +165,7 @@ class Orchestrator:
             bf16=precision == "bf16-mixed",
             compile=self.config.options.compile,
             device=device,
+            seconds=self.config.options.kernel_seconds,
             cache_dir=self.config.data.cache_dir,
         )
         with self.console.status("measuring kernels") as status:

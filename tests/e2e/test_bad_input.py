@@ -85,6 +85,7 @@ CASES = {
     "threshold out of range": (["--accuracy_loss_max", "2"], "accuracy_loss_max"),
     "negative threshold": (["--target_speedup", "-3"], "e2e_speedup_target"),
     "no rounds": (["--validation_rounds", "0"], "validation_rounds"),
+    "less than no time": (["--kernel_seconds", "-1"], "kernel_seconds"),
     "empty prompt": (["--prompt", ""], "prompt"),
     "unknown model": (
         ["--model.name", "tinny", *["--data.source", "{}/prose.txt", "--data.vocab_size", "270"]],
