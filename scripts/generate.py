@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline import exit_with
+
+MOST_TOGETHER = 32
+"""Prompts that are decoded together."""
 
 
 def main(arguments: list[str]) -> int:
@@ -94,29 +96,30 @@ def answer_all(
 ) -> list[dict[str, Any]]:
     """A dictionary for each prompt, in their order.
 
-    Greedy prompts of the same number of tokens are decoded together, without padding; what is drawn at random
-    is drawn for each prompt by itself. So every prompt has the text that it would have alone.
+    Greedy prompts are decoded together, without padding; what is drawn at random is drawn for each prompt by
+    itself. So every prompt has the text that it would have alone.
     """
     encoded = [_encode(tokenizer, prompt, options.chat) for prompt in prompts]
-    batches: dict[int, list[int]] = defaultdict(list)
-    for index, ids in enumerate(encoded):
-        batches[len(ids) if options.temperature == 0 else -index].append(index)
-    answers: dict[int, dict[str, Any]] = {}
-    for indices in batches.values():
-        out = _generate(generator, tokenizer, [encoded[index] for index in indices], options)
-        for index, row in zip(indices, out.new_ids.tolist(), strict=True):
+    together = MOST_TOGETHER if options.temperature == 0 else 1
+    answers = []
+    for start in range(0, len(prompts), together):
+        batch = slice(start, start + together)
+        out = _generate(generator, tokenizer, encoded[batch], options)
+        for prompt, row in zip(prompts[batch], out.new_ids.tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
             new_ids = row[:end]
-            answers[index] = {
-                "prompt": prompts[index],
-                "text": tokenizer.decode(new_ids),
-                "ids": new_ids,
-                "tokens_per_second": out.tokens_per_second,
-                "accepted_per_step": out.accepted_per_step,
-                "time_to_first_token_s": out.time_to_first_token_s,
-                "stop_reason": "length" if end is None else "stop",
-            }
-    return [answers[index] for index in range(len(prompts))]
+            answers.append(
+                {
+                    "prompt": prompt,
+                    "text": tokenizer.decode(new_ids),
+                    "ids": new_ids,
+                    "tokens_per_second": out.tokens_per_second,
+                    "accepted_per_step": out.accepted_per_step,
+                    "time_to_first_token_s": out.time_to_first_token_s,
+                    "stop_reason": "length" if end is None else "stop",
+                }
+            )
+    return answers
 
 
 def converse(generator: Generator, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
@@ -161,7 +164,7 @@ def _generate(
     on_token: Any = None,
 ) -> Generation:
     return generator.generate(
-        torch.tensor(batch),
+        [torch.tensor(ids, dtype=torch.int64) for ids in batch],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

@@ -71,7 +71,9 @@ def _read_csv(path: Path) -> Rows:
                 for column, text in record.items():
                     _put(rows, int(float(record["step"])), column, text)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} as CSV: {error}") from error
+        raise ValueError(
+            f"cannot read {path} as CSV ({error}), expected a CSV file or a folder of TensorBoard events"
+        ) from error
     return rows
 
 

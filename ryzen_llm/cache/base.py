@@ -55,7 +55,7 @@ class Transform:
 
     Attributes:
         offset: (kv_heads, 1, head_dim) fp32.
-        matrix: (kv_heads, head_dim, head_dim) fp32.
+        matrix: (kv_heads, head_dim, head_dim) fp16.
         inverse: The same, of `matrix`.
     """
 

@@ -1,5 +1,6 @@
 """What decoding gives."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,8 @@ class Generation:
     """What `Generator.generate` made, and how fast.
 
     Attributes:
-        ids: Prompt and new tokens, (batch, time) int64.
+        ids: Prompt and new tokens, (batch, time) int64; a row whose prompt is shorter than others is filled
+            up with its last token.
         new_ids: The new tokens alone, a stop token included; a row that stopped before the others is filled
             up with its stop token.
         stop_reason: "stop" if every row met a stop token, otherwise "length".
@@ -31,6 +33,13 @@ class Generation:
     time_to_first_token_s: float
     tokens_per_second: float | None
     accepted_per_step: float | None
+
+
+def joined(prompts: Sequence[Tensor], new_ids: Tensor) -> Tensor:
+    """`Generation.ids` of prompts (time,) and their new tokens (batch, new)."""
+    rows = [torch.cat(parts) for parts in zip(prompts, new_ids, strict=True)]
+    longest = max(map(len, rows))
+    return torch.stack([torch.cat((row, row[-1:].expand(longest - len(row)))) for row in rows])
 
 
 def require_finite(finite: Tensor, dtype: torch.dtype) -> None:

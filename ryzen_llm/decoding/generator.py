@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ryzen_llm.cache import KVCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.drafters import Drafter
 from ryzen_llm.decoding.fixed_width import FixedWidthPass
-from ryzen_llm.decoding.generation import Generation, require_finite
+from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.huge_pages import move_to_huge_pages
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
@@ -88,7 +88,7 @@ class Generator:
     @torch.inference_mode()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Tensor],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -98,10 +98,11 @@ class Generator:
         stop_tokens: Sequence[int] = (),
         on_token: Callable[[list[int]], None] | None = None,
     ) -> Generation:
-        """Continue `input_ids`, (time,) or (batch, time) int64.
+        """Continue one prompt or several.
 
         Args:
-            input_ids: The prompts, all of the same length.
+            input_ids: (time,) or (batch, time) int64, or a sequence of (time,) for prompts of different
+                lengths, which are read one after the other and continued together, without padding.
             max_new_tokens: How many tokens to add at most.
             temperature: See `Sampling`; 0 is greedy.
             top_k: See `Sampling`.
@@ -125,17 +126,16 @@ class Generator:
             )
         started = time.perf_counter()
         sampling = Sampling(temperature, top_k, top_p)
-        input_ids = self.check_prompt(input_ids, max_new_tokens)
-        batch_size, prompt_length = input_ids.shape
+        prompts = self.check_prompts(input_ids, max_new_tokens)
+        batch_size = len(prompts)
         rng = torch.Generator(self.device)
         rng.seed() if seed is None else rng.manual_seed(seed)
-        cache = self.new_cache(batch_size, prompt_length + max_new_tokens)
+        cache = self.new_cache(batch_size, max(map(len, prompts)) + max_new_tokens)
         stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=self.device)
         stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
         # Waiting for the device at every token would leave it idle; a CPU is not waited for.
         interval = 1 if self.device.type == "cpu" or on_token is not None else STOP_CHECK_INTERVAL
-        hidden_states = self.model.run_blocks(input_ids, cache.append(prompt_length), cache.layers)
-        logits = self.model.logits(hidden_states[:, -1])
+        logits = self.model.logits(self.read_prompts(prompts, cache))
         finite, likeliest = logits.isfinite().all(), logits.argmax(-1)
         new_ids: list[Tensor] = []
         first_token_at = started
@@ -164,7 +164,7 @@ class Generator:
             added = added[:, : added.shape[1] - max(0, int(ended.sum()) - 1)]
         timed_tokens = batch_size * (len(new_ids) - 1)
         return Generation(
-            ids=torch.cat((input_ids, added), dim=1),
+            ids=joined(prompts, added),
             new_ids=added,
             stop_reason="stop" if stopped.all() else "length",
             time_to_first_token_s=first_token_at - started,
@@ -188,27 +188,46 @@ class Generator:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def check_prompt(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """The prompt as (batch, time) on the model's device; raises InputError where it cannot work."""
+    def read_prompts(self, prompts: Sequence[Tensor], cache: KVCache) -> Tensor:
+        """Add `prompts` to an empty cache; their last tokens' hidden states, (batch, hidden_size)."""
+        if len(set(map(len, prompts))) == 1:
+            positions = cache.append(len(prompts[0]))
+            return self.model.run_blocks(torch.stack(list(prompts)), positions, cache.layers)[:, -1]
+        cache.reserve(max(map(len, prompts)))  # what grows later is no longer shared with the rows
+        last = []
+        for index, prompt in enumerate(prompts):
+            row = cache.row(index, len(prompt))
+            last.append(self.model.run_blocks(prompt[None], row.append(len(prompt)), row.layers)[:, -1])
+        return torch.cat(last)
+
+    def check_prompts(self, input_ids: Tensor | Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
+        """Each prompt as (time,) on the model's device; raises InputError where one cannot work."""
         config = self.model.config
-        if input_ids.dtype != torch.int64 or input_ids.dim() not in (1, 2) or not input_ids.numel():
-            raise InputError(
-                f"input_ids are {tuple(input_ids.shape)} {input_ids.dtype}, "
-                "expected one or more tokens as (time,) or (batch, time) int64"
-            )
+        whole = isinstance(input_ids, Tensor)
+        given = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)
+        for ids in given:
+            if ids.dtype != torch.int64 or ids.dim() not in ((1, 2) if whole else (1,)) or not ids.numel():
+                raise InputError(
+                    f"input_ids are {tuple(ids.shape)} {ids.dtype}, expected one or more tokens as (time,) "
+                    "or (batch, time) int64, or a sequence of (time,)"
+                )
+        if not given:
+            raise InputError("input_ids are empty, expected one prompt or more")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        input_ids = input_ids.view(-1, input_ids.shape[-1]).to(self.device)
-        length = input_ids.shape[1] + max_new_tokens
+        prompts = [row.to(self.device) for ids in given for row in ids.view(-1, ids.shape[-1])]
+        longest = max(map(len, prompts))
+        length = longest + max_new_tokens
         if length > config.max_position_embeddings:
             raise InputError(
-                f"a prompt of {input_ids.shape[1]} and {max_new_tokens} new tokens make {length}, expected "
+                f"a prompt of {longest} and {max_new_tokens} new tokens make {length}, expected "
                 f"at most max_position_embeddings = {config.max_position_embeddings}: shorten one of them"
             )
-        low, high = int(input_ids.min()), int(input_ids.max())
+        every = torch.cat(prompts)
+        low, high = int(every.min()), int(every.max())
         if low < 0 or high >= config.vocab_size:
             raise InputError(
                 f"input_ids reach from {low} to {high}, expected 0 to {config.vocab_size - 1}: "
                 "is this the model's own tokenizer?"
             )
-        return input_ids
+        return prompts

@@ -236,9 +236,9 @@ def _transform(keys: Tensor, queries: Tensor) -> Transform:
     `keys` is (kv_heads, batch, time, head_dim) fp64, `queries` the second moments of what is multiplied with
     them, (kv_heads, head_dim, head_dim). After a transform A the error of a score q · k is about |q A⁻¹|² |A
     k|². With C the covariance of k and R = `queries`, tr(A⁻ᵀ R A⁻¹) tr(A C Aᵀ) is least where AᵀA is M with
-    M C M = R, the geometric mean of R and C⁻¹.
-    What rotation A has left is chosen so that all channels have the same variance: the principal axes, then
-    Hadamard. With diagonal matrices only, this is SmoothQuant's balance (Xiao et al. 2022, arXiv:2211.10438).
+    M C M = R, the geometric mean of R and C⁻¹. What rotation A has left is chosen so that all channels have
+    the same variance (the principal axes, then Hadamard), and its size so that this is 1, which suits fp16.
+    With diagonal matrices only, this is SmoothQuant's balance (Xiao et al. 2022, arXiv:2211.10438).
     """
     keys = keys.flatten(1, 2)
     offset = keys.mean(1, keepdim=True)
@@ -248,10 +248,10 @@ def _transform(keys: Tensor, queries: Tensor) -> Transform:
     mean = inverse_root @ _power(root @ _regular(queries) @ root, 0.5) @ inverse_root
     stretch = _power(mean, 0.5)
     axes = torch.linalg.eigh(stretch @ covariance @ stretch).eigenvectors
-    matrix = hadamard(stretch @ axes)
-    return Transform(
-        offset.float(), matrix.contiguous(), torch.linalg.inv(matrix.double()).float().contiguous()
-    )
+    matrix = hadamard(stretch @ axes).double()
+    variance = (matrix.mT @ covariance @ matrix).diagonal(dim1=-2, dim2=-1).mean(-1)
+    matrix = (matrix / variance.sqrt()[:, None, None]).half().contiguous()
+    return Transform(offset.float(), matrix, torch.linalg.inv(matrix.double()).half().contiguous())
 
 
 def _regular(moments: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ryzen_llm.cache import KVCache
 from ryzen_llm.decoding.adaptive import DraftControl
 from ryzen_llm.decoding.drafters import Drafter, Step, build_drafters
 from ryzen_llm.decoding.drafting import Drafting, SpeculationStatistics
-from ryzen_llm.decoding.generation import Generation, require_finite
+from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.verification import verify
 from ryzen_llm.errors import InputError
@@ -81,7 +81,7 @@ class SpeculativeDecoder:
     @torch.inference_mode()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Sequence[Tensor],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -97,17 +97,16 @@ class SpeculativeDecoder:
         started = time.perf_counter()
         generator = self.generator
         sampling = Sampling(temperature, top_k, top_p)
-        input_ids = generator.check_prompt(input_ids, max_new_tokens)
-        batch_size, prompt_length = input_ids.shape
-        cache = generator.new_cache(batch_size, prompt_length + max_new_tokens + self.widths[-1])
-        positions = cache.append(prompt_length)
-        hidden_states = generator.model.run_blocks(input_ids, positions, cache.layers)[:, -1]
+        prompts = generator.check_prompts(input_ids, max_new_tokens)
+        longest_prompt = max(map(len, prompts))
+        cache = generator.new_cache(len(prompts), longest_prompt + max_new_tokens + self.widths[-1])
+        hidden_states = generator.read_prompts(prompts, cache)
         logits = generator.model.logits(hidden_states)
         require_finite(logits.isfinite().all(), generator.dtype)
         stops = frozenset(stop_tokens)
         texts = [
-            _Text(prompt, rng)
-            for prompt, rng in zip(input_ids.tolist(), self._rngs(batch_size, seed), strict=True)
+            _Text(prompt.tolist(), rng)
+            for prompt, rng in zip(prompts, self._rngs(len(prompts), seed), strict=True)
         ]
         for row, text in enumerate(texts):
             text.new.append(int(sampling.sample(logits[row : row + 1], text.rng)))
@@ -128,11 +127,13 @@ class SpeculativeDecoder:
             stream.send()
         seconds = time.perf_counter() - first_token_at
         longest = max(len(text.new) for text in texts)
-        new_ids = torch.tensor([text.new + text.new[-1:] * (longest - len(text.new)) for text in texts])
+        new_ids = torch.tensor(
+            [text.new + text.new[-1:] * (longest - len(text.new)) for text in texts], device=generator.device
+        )
         timed = drafting.statistics.tokens
         return Generation(
-            ids=torch.cat((input_ids, new_ids.to(input_ids.device)), dim=1),
-            new_ids=new_ids.to(input_ids.device),
+            ids=joined(prompts, new_ids),
+            new_ids=new_ids,
             stop_reason="stop" if all(text.new[-1] in stops for text in texts) else "length",
             time_to_first_token_s=first_token_at - started,
             tokens_per_second=timed / seconds if timed else None,

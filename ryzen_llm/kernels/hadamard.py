@@ -18,12 +18,12 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
-    """x M in fp32: `x` (..., rows, size), `matrix` (..., size, size) fp32, whose leading sizes broadcast."""
+    """x M in fp32: `x` (..., rows, size), `matrix` (..., size, size), whose leading sizes broadcast."""
     if torch.compiler.is_compiling():
         # Multiply-and-sum, so that Inductor fuses it with what comes before and after: for the few rows of a
         # decoding step that is cheaper than a call into a matrix library.
         return (x.float()[..., None, :] * matrix.mT[..., None, :, :]).sum(-1)
-    return torch.matmul(x.float(), matrix)
+    return torch.matmul(x.float(), matrix.float())
 
 
 _MATRICES: dict[tuple[int, torch.device], Tensor] = {}  # a dict, since Dynamo sees through functools.cache

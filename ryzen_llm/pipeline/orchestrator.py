@@ -25,11 +25,11 @@ from torch import Tensor
 from ryzen_llm.claims import ClaimContext, build_claims
 from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import load_pretrained
-from ryzen_llm.kernels import PLAIN, describe_device
+from ryzen_llm.kernels import PLAIN, describe_device, supports_bf16
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.config import RunConfig
 from ryzen_llm.pipeline.earlier import Earlier, read_earlier
+from ryzen_llm.pipeline.models import load_model, model_to_measure
 from ryzen_llm.pipeline.output_dir import claim_output_dir
 from ryzen_llm.pipeline.pages import (
     RunResults,
@@ -113,7 +113,8 @@ class Orchestrator:
         options, data = self.config.options, self.config.data
         if not data.val_fraction:
             raise InputError("data.val_fraction is 0, expected more: claims are measured on that text")
-        device = _device(self.config.trainer.get("accelerator", "auto"))
+        # The module's own will not do: Lightning moves it to the CPU when training is over.
+        self.device = device = _device(self.config.trainer.get("accelerator", "auto"))
         precision, why = choose_precision(self.config.trainer.get("precision"), device)
         trains = options.runs("training")
         seed_everything(options.seed, verbose=False)
@@ -177,7 +178,11 @@ class Orchestrator:
         """Make what is trained and its data; returns FLOPs a token, and both in words."""
         data = self.config.data
         trains = self.config.options.runs("training")
-        initial = self._initial_model() if trains else self._model_to_measure()
+        if trains:
+            initial = load_model(self.config, self.config.init_from) if self.config.init_from else None
+        else:
+            initial, self.checkpoint = model_to_measure(self.config, self.output_dir)
+            self.accuracy = Accuracy(reason="neither training nor validation is in --phases")
         data.prepare_data()
         self.module = LanguageModule(
             initial or self.config.model_config(data.tokenizer.vocab_size),
@@ -191,43 +196,6 @@ class Orchestrator:
             f"{data.store.corpus}: {data.num_tokens('train'):,} training tokens; "
             f"model {self.config.model_name} with {model.num_parameters():,} parameters"
         )
-
-    def _initial_model(self) -> Transformer | None:
-        """The model to start from, whose tokenizer becomes that of the data; None where none is given."""
-        return self._load(self.config.init_from) if self.config.init_from else None
-
-    def _model_to_measure(self) -> Transformer:
-        """The model for the phases after training, where this call does not train."""
-        inside = newest_checkpoint(self.output_dir / CHECKPOINTS)
-        path = self.config.options.checkpoint or inside or self.config.init_from
-        if path is None:
-            raise InputError(
-                f"phases has no training, and {self.output_dir} holds no checkpoint: give --checkpoint, "
-                "or an output_dir with a run in it"
-            )
-        path = Path(path).expanduser().absolute()
-        if inside and path not in (inside, self.output_dir):
-            raise InputError(
-                f"checkpoint {path}: output_dir {self.output_dir} holds a run whose newest checkpoint is "
-                f"{inside.name}; its reports are about that one: choose another output_dir"
-            )
-        self.checkpoint = str(inside.relative_to(self.output_dir) if inside else path)
-        self.accuracy = Accuracy(reason="neither training nor validation is in --phases")
-        if not inside or self.config.init_from:
-            return self._load(str(inside or path))
-        model, tokenizer = load_pretrained(inside)
-        self.config.check_initial(str(inside), model.config)
-        # The store that training made is opened again, not a second one with the same tokenizer given.
-        if tokenizer.to_json() != self.config.data.tokenizer.to_json():
-            raise InputError(
-                f"{inside} was trained with another tokenizer than the data here give: use the run's {CONFIG}"
-            )
-        return model
-
-    def _load(self, path: str) -> Transformer:
-        model, self.config.data.given_tokenizer = load_pretrained(path)
-        self.config.check_initial(path, model.config)
-        return model
 
     def _check_resumable(self, checkpoint: Path) -> None:
         check_resumable(checkpoint, self.module.model.config, self.config.data)
@@ -357,7 +325,7 @@ class Orchestrator:
             val_batches=self._batches("val", 8),
             precision=str(self.trainer.precision),
             compile=self.config.options.compile,
-            device=self.module.device,
+            device=self.device,
             thresholds=self.config.thresholds,
             enabled=self.config.optimizations,
             optimizer=self.config.optimizer,
@@ -467,7 +435,7 @@ class Orchestrator:
             accuracy=self.accuracy,
             tests=self.tests.summary.model_dump() if self.tests else None,
             sample=self.sample,
-            recommendations=recommend(results),
+            recommendations=recommend(results, supports_bf16(self.device)),
             artifacts={
                 key: name
                 for key, name in names.items()

@@ -23,16 +23,23 @@ _CAUSES = {
     "accuracy_preservation": "train with --trainer.precision 32-true, or with --model.embedding dense",
 }
 """What to change where such a claim fails."""
+_BOUND_BY_PRODUCTS = ("kernel_performance", "end_to_end")
+_WITHOUT_BF16 = (
+    "this hardware has no bf16 arithmetic, so both arms spend their time in the same fp32 matrix products; "
+    "measure again on a CPU with AVX512-BF16 or AMX, or on a GPU"
+)
 
 
-def recommend(results: list[ValidationResult]) -> list[str]:
+def recommend(results: list[ValidationResult], has_bf16: bool) -> list[str]:
     """One sentence for each switch, what it gains or would gain, and one for each other claim that did not
-    pass.
+    pass; `has_bf16` says whether the hardware that they were measured on has bf16 arithmetic.
     """
     by_name = {result.name: result for result in results}
     lines = [f"{switch}: {_advice(by_name, name)}" for name, switch in _SWITCHES.items() if name in by_name]
     others = [r for r in results if r.name.removesuffix(VS_STRONG).removesuffix(_QUALITY) not in _SWITCHES]
-    return lines + [f"{result.name}: {_remedy(result)}" for result in others if result.status != "PASS"]
+    lines += [f"{result.name}: {_remedy(result)}" for result in others if result.status != "PASS"]
+    missed = [name for name in _BOUND_BY_PRODUCTS if name in by_name and by_name[name].status == "FAIL"]
+    return lines if has_bf16 or not missed else [*lines, f"{' and '.join(missed)}: {_WITHOUT_BF16}"]
 
 
 def _advice(results: dict[str, ValidationResult], name: str) -> str:

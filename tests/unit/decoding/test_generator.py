@@ -239,15 +239,41 @@ def test_unknown_choices_are_named(model: Transformer, arguments: dict[str, Any]
             {"max_new_tokens": 29},
             "make 129.*max_position_embeddings = 128",
         ),
+        ([], {}, "input_ids are empty, expected one prompt or more"),
+        (
+            [torch.tensor([1]), torch.tensor([[1, 2]])],
+            {},
+            r"\(1, 2\) torch.int64, .* or a sequence of \(time,\)",
+        ),
+        ([torch.tensor([1]), torch.tensor([101])], {}, "reach from 1 to 101"),
         (torch.tensor([1]), {"max_new_tokens": 0}, "max_new_tokens is 0"),
         (torch.tensor([1]), {"temperature": -1.0}, "temperature is -1.0"),
     ],
 )
 def test_prompts_and_settings_that_cannot_work_are_named(
-    generator: Generator, input_ids: torch.Tensor, settings: dict[str, Any], message: str
+    generator: Generator, input_ids: Any, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         generator.generate(input_ids, **settings)
+
+
+@pytest.mark.parametrize("drafter", [None, "suffix"])
+@pytest.mark.parametrize(
+    ("cache", "compile"), [("dense", False), ("int8", False), ("int4-sinks", False), ("dense", True)]
+)
+def test_prompts_of_different_lengths_have_the_texts_that_they_have_alone(
+    model: Transformer, cache: str, drafter: str | None, compile: bool
+) -> None:
+    ids = torch.randint(0, 101, (60,), generator=torch.Generator().manual_seed(3))
+    prompts = [ids[:3], ids[3:50], ids[50:]]
+    generator = Generator(model, weights="fp32", cache=cache, drafter=drafter, compile=compile)
+    together = generator.generate(prompts, max_new_tokens=12)
+    for row, prompt in enumerate(prompts):
+        alone = generator.generate(prompt, max_new_tokens=12)
+        assert torch.equal(together.new_ids[row], alone.new_ids[0])
+        length = len(prompt) + 12
+        assert torch.equal(together.ids[row, :length], alone.ids[0])
+        assert (together.ids[row, length:] == together.ids[row, length - 1]).all(), "filled up"
 
 
 def test_the_whole_context_can_be_used(model: Transformer, generator: Generator) -> None:
