@@ -49,7 +49,7 @@ def profile_decoding(generator: Generator, prompt: Tensor) -> dict[str, Any]:
     return {
         "length": len(prompt),
         "step_seconds": step,
-        "parts_seconds": {**parts, "between kernels (Python, dispatch)": step - sum(parts.values())},
+        "parts_seconds": {**parts, "the rest (other ops, dispatch, Python)": step - sum(parts.values())},
         "longest_seconds": dict(sorted(by_name.items(), key=lambda item: -item[1])[:12]),
         "bytes_read": read,
         "bytes_per_second": read / step,
