@@ -68,12 +68,18 @@ def main(arguments: list[str]) -> None:
     found |= {"benchmark": "kv_cache", "model": Path(options.model).name}
 
     def keep(part: str, rows: list[dict[str, Any]]) -> None:
-        """Into the file, in place of what is there of the same lengths; a later part may fail."""
-        measured = {row.get("length") for row in rows}
-        others = [row for row in found.get(part, []) if row.get("length") not in measured]
-        found[part] = [*others, *rows]
+        """Into the file, in place of what is there of the same lengths; a later part may fail.
+
+        What another machine has measured of the part goes: a part has one environment.
+        """
+        measured, environment = {row.get("length") for row in rows}, describe_environment()
+        environments = found.setdefault("environments", {})
+        if _machine(environments.get(part)) != _machine(environment):
+            found[part] = []
+        found[part] = [row for row in found[part] if row.get("length") not in measured] + rows
+        environments[part] = environment
         found.setdefault("settings", {})[part] = settings_of(options)
-        write_json(options.out, found | {"environment": describe_environment()})
+        write_json(options.out, found)
 
     if "memory" in options.parts:
         keep("memory", memory(model, options, console))
@@ -306,6 +312,13 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     console.print(f"written: {path}")
+
+
+def _machine(environment: dict[str, Any] | None) -> tuple[Any, ...] | None:
+    """What has to be the same for figures to go together."""
+    if environment is None:
+        return None
+    return tuple(environment[key] for key in ("cpu", "cpu_capability", "threads", "torch"))
 
 
 def _fill(model: Transformer, kind: str, length: int) -> KVCache:

@@ -203,10 +203,9 @@ class Generator:
     def check_prompts(self, input_ids: Tensor | Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
         """Each prompt as (time,) on the model's device; raises InputError where one cannot work."""
         config = self.model.config
-        whole = isinstance(input_ids, Tensor)
-        given = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)
+        given, dims = ([input_ids], (1, 2)) if isinstance(input_ids, Tensor) else (input_ids, (1,))
         for ids in given:
-            if ids.dtype != torch.int64 or ids.dim() not in ((1, 2) if whole else (1,)) or not ids.numel():
+            if ids.dtype != torch.int64 or ids.dim() not in dims or not ids.numel():
                 raise InputError(
                     f"input_ids are {tuple(ids.shape)} {ids.dtype}, expected one or more tokens as (time,) "
                     "or (batch, time) int64, or a sequence of (time,)"

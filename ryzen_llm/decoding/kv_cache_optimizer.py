@@ -65,9 +65,9 @@ class CacheChoice:
 class KVCacheOptimizer:
     """Picks formats for a model's layers within a budget of memory or quality.
 
-    Each layer is measured in each format while the others stay dense; then, from dense on, the change with
-    the least divergence for the bytes that it saves is made, one after the other. Keys of 4 bits get a
-    `Transform` measured on the same text.
+    Each layer is measured in each format while the others stay dense, on the calibration text's first 1024
+    tokens; then, from dense on, the change with the least divergence for the bytes that it saves is made, one
+    after the other. Keys of 4 bits get a `Transform` measured on the whole text.
 
     Args:
         model: The model, left as it is.

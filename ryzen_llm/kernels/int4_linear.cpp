@@ -22,8 +22,9 @@ inline void ask_for_later(const uint8_t* weight) {
   for (int64_t line = 0; line < BLOCK; line += 64) _mm_prefetch(weight + AHEAD + line, _MM_HINT_T0);
 }
 
-// Each form says how x is prepared, and multiplies ROWS rows by a tile. The order of its sums is the same for any ROWS,
-// so that a row's result does not depend on the others.
+// Each form says how x is prepared (in place, or in the room that it makes) and what its groups sum to, and multiplies
+// ROWS rows by a tile. The order of its sums is the same for any ROWS, so that a row's result does not depend on the
+// others.
 
 struct Avx512Bf16 {
   using Number = at::BFloat16;
@@ -31,13 +32,14 @@ struct Avx512Bf16 {
   static constexpr int64_t PREPARED = GROUP / 2;  // of a group
   static constexpr int MOST_ROWS = 8;
 
-  WITH_AVX512_BF16 static void prepare(const Number* x, Prepared* prepared, float* sums, int64_t groups) {
+  WITH_AVX512_BF16 static const Prepared* prepare(const void* x, std::vector<Prepared>&, float* sums, int64_t groups) {
+    const auto* pairs = static_cast<const Prepared*>(x);
     const auto ones = (__m512bh)_mm512_set1_epi16(0x3F80);
     for (int64_t g = 0; g < groups; ++g) {
-      const __m512i group = _mm512_loadu_si512(x + g * GROUP);
-      _mm512_storeu_si512(prepared + g * PREPARED, group);
-      sums[g] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), (__m512bh)group, ones));
+      const auto group = (__m512bh)_mm512_loadu_si512(pairs + g * PREPARED);
+      sums[g] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), group, ones));
     }
+    return pairs;
   }
 
   template <int ROWS>
@@ -90,16 +92,19 @@ struct Avx2Fp32 {
   static constexpr int64_t PREPARED = GROUP;
   static constexpr int MOST_ROWS = 4;
 
-  static void prepare(const Number* x, Prepared* prepared, float* sums, int64_t groups) {
+  static const Prepared* prepare(const void* x, std::vector<Prepared>& room, float* sums, int64_t groups) {
     constexpr int64_t INPUT[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // at each place
-    for (int64_t g = 0; g < groups; ++g, x += GROUP, prepared += PREPARED) {
+    room.resize(groups * PREPARED);
+    const auto* from = static_cast<const Number*>(x);
+    for (int64_t g = 0; g < groups; ++g, from += GROUP) {
       float sum = 0, factor = 1;
-      for (int64_t i = 0; i < GROUP; ++i) sum += x[i];
+      for (int64_t i = 0; i < GROUP; ++i) sum += from[i];
       sums[g] = sum;
       for (int64_t place = 0; place < 8; ++place, factor /= 16)
         for (int64_t part = 0; part < 4; ++part)  // the last place is moved to the first, for its sign's sake
-          prepared[8 * part + place] = x[8 * part + INPUT[place]] * (place == 7 ? 1 : factor);
+          room[g * PREPARED + 8 * part + place] = from[8 * part + INPUT[place]] * (place == 7 ? 1 : factor);
     }
+    return room.data();
   }
 
   template <int ROWS>
@@ -158,13 +163,13 @@ void product(const at::Tensor& rows, const at::Tensor& weight, at::Tensor& y) {
   const int64_t num_rows = rows.numel() / rows.size(-1);
   const auto* packed = weight.const_data_ptr<uint8_t>();
   auto* to = y.mutable_data_ptr<typename Form::Number>();
-  std::vector<typename Form::Prepared> prepared(num_rows * groups * Form::PREPARED);
+  std::vector<typename Form::Prepared> room;
   std::vector<float> sums(num_rows * groups);
-  Form::prepare(rows.const_data_ptr<typename Form::Number>(), prepared.data(), sums.data(), num_rows * groups);
+  const auto* prepared = Form::prepare(rows.const_data_ptr(), room, sums.data(), num_rows * groups);
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile)
-      multiply_all<Form>(packed + tile * groups * BLOCK, prepared.data(), sums.data(), to + tile * TILE, num_rows,
-                         groups, outputs);
+      multiply_all<Form>(packed + tile * groups * BLOCK, prepared, sums.data(), to + tile * TILE, num_rows, groups,
+                         outputs);
   });
 }
 

@@ -18,15 +18,15 @@ _SWITCHES = {
 baseline (`_vs_strong`) have the same."""
 
 _QUALITY = "_quality"
-_CAUSES = {
+_REMEDIES = {
     "numerical_correctness": "train with --trainer.precision 32-true, or with --compile false",
     "accuracy_preservation": "train with --trainer.precision 32-true, or with --model.embedding dense",
 }
 """What to change where such a claim fails."""
-_BOUND_BY_PRODUCTS = ("kernel_performance", "end_to_end")
+_FASTER_IN_BF16 = ("kernel_performance", "end_to_end")
 _WITHOUT_BF16 = (
-    "this hardware has no bf16 arithmetic, so both arms spend their time in the same fp32 matrix products; "
-    "measure again on a CPU with AVX512-BF16 or AMX, or on a GPU"
+    "this hardware has no bf16 arithmetic, so both arms compute in fp32; measure again on a CPU with "
+    "AVX512-BF16 or AMX, or on a GPU"
 )
 
 
@@ -38,7 +38,7 @@ def recommend(results: list[ValidationResult], has_bf16: bool) -> list[str]:
     lines = [f"{switch}: {_advice(by_name, name)}" for name, switch in _SWITCHES.items() if name in by_name]
     others = [r for r in results if r.name.removesuffix(VS_STRONG).removesuffix(_QUALITY) not in _SWITCHES]
     lines += [f"{result.name}: {_remedy(result)}" for result in others if result.status != "PASS"]
-    missed = [name for name in _BOUND_BY_PRODUCTS if name in by_name and by_name[name].status == "FAIL"]
+    missed = [name for name in _FASTER_IN_BF16 if name in by_name and by_name[name].status == "FAIL"]
     return lines if has_bf16 or not missed else [*lines, f"{' and '.join(missed)}: {_WITHOUT_BF16}"]
 
 
@@ -88,8 +88,8 @@ def _remedy(result: ValidationResult) -> str:
         return result.message
     if result.status == "WARNING":
         return f"{result.message}; {_rounds(result)} could not settle it, more (--validation_rounds) may"
-    if result.name in _CAUSES:
-        return f"{result.message}; {_CAUSES[result.name]}"
+    if result.name in _REMEDIES:
+        return f"{result.message}; {_REMEDIES[result.name]}"
     return f"misses its threshold here: {result.message}"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import load_script, run_script
 
+from ryzen_llm.data import StreamDecoder
 from ryzen_llm.interop import load_pretrained
 
 PROMPT = "return alpha\n"
@@ -77,10 +78,14 @@ def test_the_stream_of_the_script_is_the_prompt_and_the_text(
 
 
 def test_tokens_are_printed_as_they_come(
-    generate: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    generate: Callable[..., str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at the end in one piece; of a model that knows nothing, many tokens are halves of characters."""
+    """Each as soon as its characters are whole, not at the end in one piece."""
+    ids = json.loads(generate("--temperature=1", "--seed=3", "--json"))["ids"]
+    decoder = StreamDecoder(load_pretrained(checkpoint)[1])
+    expected = [PROMPT, *(decoder.push([token]) for token in ids), decoder.finish()]
     pieces: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *values, **_: pieces.append("".join(values)))
     generate("--temperature=1", "--seed=3")
-    assert sum(piece != "" for piece in pieces) > 3
+    assert [piece for piece in pieces if piece] == [piece for piece in expected if piece]
+    assert sum(piece != "" for piece in pieces) > 5

@@ -263,7 +263,7 @@ def test_memory_follows_the_text_in_blocks(name: str) -> None:
     shape = SHAPE | {"head_dim": 64, "max_position_embeddings": 8192}
     cache = new_cache(name, max_length=8192, dtype=torch.bfloat16, config=ModelConfig(**shape))
     vectors = 2 * 2 * 2  # layers, rows, heads
-    sinks = vectors * 2 * 5 * 64 * 2 * (CACHES[name].sinks > 0)
+    sinks = vectors * 2 * 5 * 64 * 2 if CACHES[name].sinks else 0
     assert cache.bytes_allocated == sinks
     for length, slots in ((1, 128), (128, 128), (129, 256), (1000, 1024)):
         cache.append(length - cache.length)
