@@ -56,7 +56,7 @@ class Dashboard(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write layout and settings."""
-        for writer in _writers(trainer):
+        for writer in tensorboard_writers(trainer):
             writer.add_custom_scalars(LAYOUT)
             outcomes = dict.fromkeys(_OUTCOMES, 0.0)  # only their names are written
             for summary in hparams(self._settings, outcomes):  # type: ignore[no-untyped-call]
@@ -69,7 +69,7 @@ class Dashboard(Callback):
         """Write histograms after an epoch's last batch; validation, which follows, drops the gradients."""
         if not trainer.is_last_batch:
             return
-        for writer in _writers(trainer):
+        for writer in tensorboard_writers(trainer):
             for name, parameter in pl_module.named_parameters():
                 for kind, tensor in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                     if tensor is not None and len(values := _sample(tensor)):
@@ -87,7 +87,8 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str | float
     return flat
 
 
-def _writers(trainer: Trainer) -> list[SummaryWriter]:
+def tensorboard_writers(trainer: Trainer) -> list[SummaryWriter]:
+    """Writers of the Trainer's TensorBoard loggers, for what a logger has no method for."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
