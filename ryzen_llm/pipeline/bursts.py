@@ -13,7 +13,6 @@ from ryzen_callbacks.paired import measure_pair
 from torch import Tensor
 
 from ryzen_llm.kernels import PLAIN
-from ryzen_llm.pipeline.dashboard import tensorboard_writers
 from ryzen_llm.training import LanguageModule
 
 _ROUNDS = 2
@@ -55,15 +54,9 @@ class SpeedBursts(Callback):
         if self._batch is None or not affordable:
             return
         try:
-            speedup = _measure(trainer, pl_module, self._batch)
+            pl_module.log("speedup", _measure(trainer, pl_module, self._batch))
         except torch.OutOfMemoryError:
             warnings.warn("speedup is not measured: the naive baseline does not fit in memory", stacklevel=2)
-        else:
-            pl_module.log("speedup", speedup)
-            # Once more: TensorBoard scales a chart without its lowest and its highest point, all that two
-            # epochs have.
-            for writer in tensorboard_writers(trainer):
-                writer.add_scalar("speedup", speedup, trainer.global_step - 1)
         self._batch = None
         self._spent += time.perf_counter() - started
 

@@ -12,14 +12,22 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+
+def _by_epoch(tag: str) -> tuple[str, list[str]]:
+    """A curve with a point an epoch, as a margin of no width: a "Multiline" is scaled without its lowest and
+    its highest point, which of two epochs leaves none.
+    """
+    return "Margin", [tag] * 3
+
+
 LAYOUT = {
     "1 quality": {
         "loss (nats per token)": ["Multiline", ["^train/loss$", "^val_loss$"]],
-        "accuracy of the next token": ["Multiline", ["^val_accuracy$"]],
+        "accuracy of the next token": _by_epoch("val_accuracy"),
     },
     "2 speed": {
         "tokens per second": ["Multiline", ["^train/tokens_per_second$"]],
-        "speed-up over eager fp32": ["Multiline", ["^speedup$"]],
+        "speed-up over eager fp32": _by_epoch("speedup"),
         "seconds per step, and of it waiting for data": [
             "Multiline",
             ["^train/step_time_s$", "^train/data_wait_s$"],
@@ -31,10 +39,11 @@ LAYOUT = {
     },
     "4 memory": {
         "bytes": ["Multiline", ["^train/memory_bytes$"]],
-        "embedding, dense over trained": ["Multiline", ["^compression_ratio$"]],
+        "embedding, dense over trained": _by_epoch("compression_ratio"),
     },
 }
-"""The charts of the tab "Custom scalars", with the tags that each draws, as regular expressions."""
+"""The charts of the tab "Custom scalars", with the tags that each draws, in a "Multiline" as regular
+expressions."""
 
 _OUTCOMES = ("val_loss", "val_accuracy", "speedup")
 _SAMPLE = 8192
@@ -56,7 +65,7 @@ class Dashboard(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write layout and settings."""
-        for writer in tensorboard_writers(trainer):
+        for writer in _writers(trainer):
             writer.add_custom_scalars(LAYOUT)
             outcomes = dict.fromkeys(_OUTCOMES, 0.0)  # only their names are written
             for summary in hparams(self._settings, outcomes):  # type: ignore[no-untyped-call]
@@ -69,7 +78,7 @@ class Dashboard(Callback):
         """Write histograms after an epoch's last batch; validation, which follows, drops the gradients."""
         if not trainer.is_last_batch:
             return
-        for writer in tensorboard_writers(trainer):
+        for writer in _writers(trainer):
             for name, parameter in pl_module.named_parameters():
                 for kind, tensor in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                     if tensor is not None and len(values := _sample(tensor)):
@@ -87,8 +96,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str | float
     return flat
 
 
-def tensorboard_writers(trainer: Trainer) -> list[SummaryWriter]:
-    """Writers of the Trainer's TensorBoard loggers, for what a logger has no method for."""
+def _writers(trainer: Trainer) -> list[SummaryWriter]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 

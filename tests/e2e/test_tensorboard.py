@@ -27,13 +27,15 @@ def charts(log: EventAccumulator) -> Iterator[tuple[str, list[str]]]:
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     for category in layout.category:
         for chart in category.chart:
-            yield chart.title, list(chart.multiline.tag)
+            # A curve by epoch is a margin of no width, which TensorBoard draws whole.
+            yield chart.title, list(chart.multiline.tag) or [series.value for series in chart.margin.series]
 
 
 def test_every_chart_of_the_dashboard_has_its_curves(log: EventAccumulator) -> None:
     found = dict(charts(log))
     assert len(found) >= 8
     for title, tags in found.items():
+        assert tags, title
         for tag in tags:
             assert [name for name in log.Tags()["scalars"] if re.fullmatch(tag, name)], (title, tag)
 
@@ -68,11 +70,8 @@ def test_speed_up_and_ratio_are_measured_in_training(finished: Path, log: EventA
     """The embedding being dense, its ratio is 1; the speed-up is the one that was logged."""
     rows = report(finished, "training_metrics_report")["epochs"]
     assert [row["compression_ratio"] for row in rows] == [1.0, 1.0]
-    measured = [(row["step"], row["speedup"]) for row in rows if row["speedup"] is not None]
-    points = [(event.step, event.value) for event in log.Scalars("speedup")]
-    # Each twice, so that TensorBoard, whose scaling leaves out the extremes, draws two epochs, too.
-    twice = [row for row in measured for _ in range(2)]
-    assert points == [(step - 1, pytest.approx(value, rel=1e-6)) for step, value in twice]
+    measured = [row["speedup"] for row in rows if row["speedup"] is not None]
+    assert measured == pytest.approx([event.value for event in log.Scalars("speedup")], rel=1e-6)
     assert rows[0]["speedup"] > 0
     for row in rows:
         assert (row["speedup"] is None) == ("speedup" in row["not_measured"])
