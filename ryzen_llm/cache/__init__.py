@@ -61,6 +61,7 @@ __all__ = [
     "CACHES",
     "AttentionShape",
     "Format",
+    "Int4",
     "KVCache",
     "LayerCache",
     "LayerFormat",

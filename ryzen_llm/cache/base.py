@@ -45,13 +45,22 @@ class Format(ABC):
     def encode(self, x: Tensor) -> Stored:
         """What to store for `x` (batch, kv_heads, time, head_dim), each vector by itself."""
 
+    def as_codes(self, x: Tensor) -> Tensor:
+        """Vectors (..., head_dim) with the channels that their codes have, if those are more."""
+        return x
+
+    def against_codes(self, queries: Tensor) -> Tensor:
+        """What is multiplied with `as_codes(x)` to give queries · x; both (..., head_dim) before."""
+        return queries
+
 
 @dataclass(frozen=True, eq=False)
 class Transform:
     """What is done to a layer's keys before they are stored, in place of a rotation.
 
     (key - offset) @ matrix is stored. It is undone for free: queries are multiplied by the inverse,
-    transposed, and q · offset, the same for every key, does nothing in a softmax.
+    transposed, and q · offset, the same for every key, does nothing in a softmax. The first channels are
+    those that the key's format keeps more finely.
 
     Attributes:
         offset: (kv_heads, 1, head_dim) fp32.

@@ -117,8 +117,8 @@ class LayerCache:
         if self.key_transform:
             inverse = self.key_transform[2]
             grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), inverse.mT[:, None])
-            queries = torch.flatten(grouped, 1, 2).to(queries.dtype)
-            keys = self._stored_keys(keys)
+            rotated = self.format.keys.against_codes(torch.flatten(grouped, 1, 2))
+            queries, keys = rotated.to(queries.dtype), self._stored_keys(keys)
         elif self.format.keys.rotated:
             # One product for both; the scores stay the same.
             rotated = hadamard(torch.cat((queries, keys), 1)).to(queries.dtype)
@@ -156,7 +156,8 @@ class LayerCache:
         if not self.sinks:
             return None
         keys, values = (buffer[:, :, : self.format.sinks] for buffer in self.sinks)
-        return self._stored_keys(keys).to(dtype), self._stored_values(values).to(dtype)
+        keys = self.format.keys.as_codes(self._stored_keys(keys))
+        return keys.to(dtype), self._stored_values(values).to(dtype)
 
     def _check(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         batch, kv_heads = self.keys.codes.shape[:2]

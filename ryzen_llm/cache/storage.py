@@ -106,7 +106,7 @@ def _layout(cache: KVCache) -> list[list[Any]]:
             type(layer.format.keys).__name__,
             type(layer.format.values).__name__,
             layer.format.sinks,
-            layer.keys.codes.shape[1],
+            *layer.keys.codes.shape[1::2],
             layer.head_dim,
             layer.window,
             layer.ring,

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ryzen_llm.cache import BLOCK, CACHES, KVCache, LayerFormat, Transform, build_cache
+from ryzen_llm.cache import BLOCK, CACHES, Int4, KVCache, LayerFormat, Transform, build_cache
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import hadamard
 from ryzen_llm.model import Transformer
 
 CANDIDATES = ("int8", "k8v4", "int4-sinks")
@@ -22,6 +21,8 @@ LEAST_SHARE = 1e-3
 """Of the mean variance, that every direction is taken to have at least."""
 COST_TOKENS = 1024
 """Tokens of the calibration text that each layer is measured on in each format."""
+FINE_SIZE = 1 / 3
+"""Standard deviation of the channels with 8 bits over that of the others, whose range they share."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class KVCacheOptimizer:
 
     Each layer is measured in each format while the others stay dense, on the calibration text's first 1024
     tokens; then, from dense on, the change with the least divergence for the bytes that it saves is made, one
-    after the other. Keys of 4 bits get a `Transform` measured on the whole text.
+    after the other. Keys of 4 bits get a `Transform` measured on the whole text, which gathers what matters
+    most in one channel of sixteen, and those have 8 bits.
 
     Args:
         model: The model, left as it is.
@@ -85,11 +87,12 @@ class KVCacheOptimizer:
         self.model = model
         self.calibration = calibration.to(next(model.parameters()).device)
         self._costs: list[LayerCost] | None = None
+        fine = 2 * (model.config.head_dim // 32)
         with torch.inference_mode():
             self._dense_logits = self._logits(["dense"] * model.config.num_layers, self.calibration)
-            transforms = self._key_transforms()
+            transforms = self._key_transforms(fine)
         self._formats = [
-            {name: _with_transform(CACHES[name], transform) for name in ("dense", *CANDIDATES)}
+            {name: _with_transform(CACHES[name], transform, fine) for name in ("dense", *CANDIDATES)}
             for transform in transforms
         ]
 
@@ -200,7 +203,7 @@ class KVCacheOptimizer:
     def _bytes(self, name: str) -> float:
         """A layer's bytes per token, of tensors as they are allocated; dense in bf16."""
         cache = build_cache(
-            name,
+            self.formats([name] * self.model.config.num_layers),
             self.model.config,
             batch_size=1,
             max_length=2 * BLOCK,
@@ -211,7 +214,7 @@ class KVCacheOptimizer:
         cache.reserve(BLOCK)
         return (cache.bytes_allocated - fixed) / BLOCK / len(cache.layers)
 
-    def _key_transforms(self) -> list[Transform]:
+    def _key_transforms(self, fine: int) -> list[Transform]:
         """Of each layer."""
         cache = self._cache(["dense"] * self.model.config.num_layers, self.calibration)
         moments: list[Tensor] = []
@@ -222,23 +225,27 @@ class KVCacheOptimizer:
         for layer, queries in zip(cache.layers, moments, strict=True):
             # Sinks are stored as they are, too, and are too unlike other keys to have a say here.
             keys = layer.keys.codes[:, :, CACHES["int4-sinks"].sinks : cache.length].double()
-            transforms.append(_transform(keys.transpose(0, 1), queries))
+            transforms.append(_transform(keys.transpose(0, 1), queries, fine))
         return transforms
 
 
-def _with_transform(format: LayerFormat, transform: Transform) -> LayerFormat:
-    return dataclasses.replace(format, key_transform=transform) if format.keys.rotated else format
+def _with_transform(format: LayerFormat, transform: Transform, fine: int) -> LayerFormat:
+    if not format.keys.rotated:
+        return format
+    return dataclasses.replace(format, keys=Int4(fine), key_transform=transform)
 
 
-def _transform(keys: Tensor, queries: Tensor) -> Transform:
-    """The transform under which rounding keys costs the scores least.
+def _transform(keys: Tensor, queries: Tensor, fine: int) -> Transform:
+    """The transform under which rounding keys costs the scores least, `fine` channels of it hardly at all.
 
     `keys` is (kv_heads, batch, time, head_dim) fp64, `queries` the second moments of what is multiplied with
     them, (kv_heads, head_dim, head_dim). After a transform A the error of a score q · k is about |q A⁻¹|² |A
     k|². With C the covariance of k and R = `queries`, tr(A⁻ᵀ R A⁻¹) tr(A C Aᵀ) is least where AᵀA is M with
-    M C M = R, the geometric mean of R and C⁻¹. What rotation A has left is chosen so that all channels have
-    the same variance (the principal axes, then Hadamard), and its size so that this is 1, which suits fp16.
-    With diagonal matrices only, this is SmoothQuant's balance (Xiao et al. 2022, arXiv:2211.10438).
+    M C M = R, the geometric mean of R and C⁻¹; with diagonal matrices only, this is SmoothQuant's balance
+    (Xiao et al. 2022, arXiv:2211.10438). What rotation A has left goes to the principal axes, which hold very
+    different shares of that trace: the first `fine` of them are set apart, as are the others, and within
+    either group rotated once more, so that all its channels have the same variance. Of the others this is 1,
+    which suits fp16.
     """
     keys = keys.flatten(1, 2)
     offset = keys.mean(1, keepdim=True)
@@ -247,11 +254,25 @@ def _transform(keys: Tensor, queries: Tensor) -> Transform:
     inverse_root = _power(covariance, -0.5)
     mean = inverse_root @ _power(root @ _regular(queries) @ root, 0.5) @ inverse_root
     stretch = _power(mean, 0.5)
-    axes = torch.linalg.eigh(stretch @ covariance @ stretch).eigenvectors
-    matrix = hadamard(stretch @ axes).double()
-    variance = (matrix.mT @ covariance @ matrix).diagonal(dim1=-2, dim2=-1).mean(-1)
-    matrix = (matrix / variance.sqrt()[:, None, None]).half().contiguous()
+    variances, axes = (x.flip(-1) for x in torch.linalg.eigh(stretch @ covariance @ stretch))
+    groups = ((slice(fine), FINE_SIZE), (slice(fine, None), 1.0))
+    mixed = [
+        axes[..., part] @ _even(axes[..., part]) * (size / variances[:, None, part].mean(-1, True).sqrt())
+        for part, size in groups
+    ]
+    matrix = (stretch @ torch.cat(mixed, -1)).half().contiguous()
     return Transform(offset.float(), matrix, torch.linalg.inv(matrix.double()).half().contiguous())
+
+
+def _even(axes: Tensor) -> Tensor:
+    """For `axes`, (..., size), an orthonormal matrix of which all entries are about as large: a discrete
+    cosine transform, (size, size).
+    """
+    size = axes.shape[-1]
+    steps = torch.arange(size, dtype=axes.dtype, device=axes.device)
+    cosines = torch.cos(math.pi / max(size, 1) * (steps[:, None] + 0.5) * steps)
+    matrix: Tensor = cosines / cosines.norm(dim=0)
+    return matrix
 
 
 def _regular(moments: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ head. Both factors leave the sums over channels, so that no full-precision copy 
     q · k[t]      = scale[t] * (q · codes[t]) + minimum[t] * sum(q)
     Σ_t p[t] v[t] = Σ_t (p[t] * scale[t]) codes[t] + Σ_t p[t] * minimum[t]
 
-Codes of 4 bits are packed two a byte: channel i in the low half and channel i + head_dim / 2 in the high half
-of byte i. A ring buffer holds the token of position p in slot p mod ring.
+Codes of 4 bits are packed two a byte: channel i in the low half and channel i + width / 2 in the high half of
+byte i. Keys may have more channels than values, and queries then as many: a number in two codes counts as two
+channels. A ring buffer holds the token of position p in slot p mod ring.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ class Stored(NamedTuple):
     """Keys or values of a layer, (batch, kv_heads, slots, ...) each.
 
     Attributes:
-        codes: (..., head_dim) of any number type, or packed 4-bit codes, (..., head_dim / 2) uint8.
+        codes: (..., width) of any number type, or packed 4-bit codes, (..., width / 2) uint8.
         scale: (...,) what the codes are multiplied by; None for 1.
         minimum: (...,) what is added then; None for 0.
     """
@@ -42,6 +43,11 @@ class Stored(NamedTuple):
         """Whether two codes share a byte."""
         return self.codes.dtype == torch.uint8
 
+    @property
+    def width(self) -> int:
+        """How many channels there are."""
+        return self.codes.shape[-1] * (2 if self.packed else 1)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Stored":
         """With every tensor that there is put through `change`."""
         scale, minimum = (None if part is None else change(part) for part in self[1:])
@@ -52,13 +58,13 @@ class Stored(NamedTuple):
         return self.map(lambda part: part[:, :, start:end])
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The codes, without scale and minimum, (..., head_dim)."""
+        """The codes, without scale and minimum, (..., width)."""
         if not self.packed:
             return self.codes.to(dtype)
         return torch.cat((self.codes & 15, self.codes >> 4), dim=-1).to(dtype)
 
     def dequantised(self) -> Tensor:
-        """The stored tensor itself in fp32, (..., head_dim)."""
+        """The stored tensor itself in fp32, (..., width)."""
         x = self.unpacked(torch.float32)
         if self.scale is not None:
             x = x * self.scale.float()[..., None]
@@ -80,16 +86,16 @@ def cached_attention(
     """softmax(Q Kᵀ / sqrt(head_dim) + mask) V over everything in the cache up to each query's position.
 
     Args:
-        queries: (batch, heads, time, head_dim); heads / kv_heads of them share a key head.
+        queries: (batch, heads, time, the keys' width); heads / kv_heads of them share a key head.
         keys: What the cache holds, the queries' own tokens included.
-        values: The same for the values.
+        values: The same for the values, whose width is head_dim.
         positions: (1, time) or (batch, time) int64, of the queries, ascending.
         ring: Number of slots after which the slots repeat; 0 where slot and position are the same.
         window: How many tokens each query sees, itself the last; 0 for all.
-        sinks: Keys and values of the first tokens in full precision, (batch, kv_heads, sinks, head_dim) each,
+        sinks: Keys and values of the first tokens in full precision, (batch, kv_heads, sinks, width) each,
             used in place of what the slots hold for them.
 
-    Returns the context, shaped and typed like `queries`.
+    Returns the context (batch, heads, time, head_dim), typed like `queries`.
     """
     num_sinks = 0 if sinks is None else sinks[0].shape[2]
     few = _rows(queries, keys) <= MOST_FUSED_ROWS
@@ -139,7 +145,7 @@ def reference(
     mask = _visible(positions, k.shape[2], ring, window, 0)[:, None]
     groups = queries.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = queries.float() @ k.mT * queries.shape[-1] ** -0.5
+    scores = queries.float() @ k.mT * values.width**-0.5
     context: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
     return context.to(queries.dtype)
 
@@ -167,9 +173,9 @@ def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: i
 
 def _fused(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Multiply-and-sum, which Inductor turns into loops that read each code once and write only scores."""
-    batch, heads, time, head_dim = queries.shape
-    kv_heads = segments[0][0].codes.shape[1]
-    q = queries.reshape(batch, kv_heads, -1, head_dim).float() * head_dim**-0.5
+    batch, heads, time, width = queries.shape
+    kv_heads, head_dim = segments[0][0].codes.shape[1], segments[0][1].width
+    q = queries.reshape(batch, kv_heads, -1, width).float() * head_dim**-0.5
     groups = heads // kv_heads
 
     def scores(keys: Stored, seen: Tensor) -> Tensor:
@@ -235,13 +241,13 @@ def _in_blocks(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
             ],
             dim=2,
         )
-    batch, heads, time, head_dim = queries.shape
-    kv_heads = segments[0][0].codes.shape[1]
-    q = queries.reshape(batch, kv_heads, -1, head_dim).float() * head_dim**-0.5
+    batch, heads, time, width = queries.shape
+    kv_heads, head_dim = segments[0][0].codes.shape[1], segments[0][1].width
+    q = queries.reshape(batch, kv_heads, -1, width).float() * head_dim**-0.5
     shape = (batch, kv_heads, heads // kv_heads, time)
     highest = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total = torch.zeros_like(highest)
-    context = torch.zeros_like(q)
+    context = q.new_zeros(*q.shape[:-1], head_dim)
     for keys, values, seen in segments:
         for start in range(0, keys.codes.shape[2], KEY_BLOCK):
             block = seen[:, :, start : start + KEY_BLOCK]
@@ -266,4 +272,5 @@ def _in_blocks(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
             if v.minimum is not None:
                 context = context + (p * v.minimum.float()[:, :, None]).sum(-1, keepdim=True)
             highest = reached
-    return (context / total).reshape(queries.shape).to(queries.dtype)
+    result: Tensor = (context / total).view(batch, heads, time, head_dim).to(queries.dtype)
+    return result

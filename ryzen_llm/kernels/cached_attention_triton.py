@@ -32,7 +32,7 @@ def decode(queries: Tensor, segments: list[Segment], positions: Tensor, window: 
     partial = [_partial_contexts(q, *segment, positions, time, window) for segment in segments]
     contexts, logsumexps = (torch.cat(parts, 2) for parts in zip(*partial, strict=True))
     weights = logsumexps.softmax(2)[..., None]
-    return (contexts * weights).sum(2).reshape(queries.shape).to(queries.dtype)
+    return (contexts * weights).sum(2).view(*queries.shape[:3], -1).to(queries.dtype)
 
 
 def block_slots(head_dim: int) -> int:
@@ -51,8 +51,8 @@ def _partial_contexts(
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """Context (batch, kv_heads, splits, rows, head_dim) and log-sum-exp (batch, kv_heads, splits, rows)."""
-    batch, kv_heads, rows, head_dim = q.shape
-    slots = keys.codes.shape[2]
+    batch, kv_heads, rows, width = q.shape
+    slots, head_dim = keys.codes.shape[2], values.width
     block = block_slots(head_dim)
     processors = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.device.type == "cuda" else 8
@@ -85,6 +85,7 @@ def _partial_contexts(
         V_KIND=_kind(values),
         V_SCALE=values.scale is not None,
         V_MINIMUM=values.minimum is not None,
+        KEY_DIM=width,
         HEAD_DIM=head_dim,
         ROWS=max(16, triton.next_power_of_2(rows)),
         BLOCK=block,
@@ -153,6 +154,7 @@ def attend_split(
     V_KIND: tl.constexpr,
     V_SCALE: tl.constexpr,
     V_MINIMUM: tl.constexpr,
+    KEY_DIM: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -164,7 +166,8 @@ def attend_split(
     head = (pair % kv_heads).to(tl.int64)
     HALF: tl.constexpr = HEAD_DIM // 2
     # A packed tensor is worked on in halves of the channels, the low and the high one.
-    K_WIDTH: tl.constexpr = HALF if K_KIND == 1 else HEAD_DIM
+    KEY_HALF: tl.constexpr = KEY_DIM // 2
+    K_WIDTH: tl.constexpr = KEY_HALF if K_KIND == 1 else KEY_DIM
     V_WIDTH: tl.constexpr = HALF if V_KIND == 1 else HEAD_DIM
     KD: tl.constexpr = max(16, triton.next_power_of_2(K_WIDTH))
     VD: tl.constexpr = max(16, triton.next_power_of_2(V_WIDTH))
@@ -172,14 +175,16 @@ def attend_split(
     k_channel = tl.arange(0, KD)
     v_channel = tl.arange(0, VD)
     row_ok = row < rows
-    q_rows = q_ptr + (pair.to(tl.int64) * rows + row[:, None]) * HEAD_DIM
+    q_rows = q_ptr + (pair.to(tl.int64) * rows + row[:, None]) * KEY_DIM
     k_ok = k_channel < K_WIDTH
     v_ok = v_channel < V_WIDTH
     q = tl.load(q_rows + k_channel[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
     q_sum = tl.sum(q.to(tl.float32), 1)
     q_high = q
     if K_KIND == 1:
-        q_high = tl.load(q_rows + HALF + k_channel[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        q_high = tl.load(
+            q_rows + KEY_HALF + k_channel[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0
+        )
         q_sum += tl.sum(q_high.to(tl.float32), 1)
     position = tl.load(positions_ptr + batch * positions_batch + row % time, mask=row_ok, other=0)
     last = tl.load(positions_ptr + batch * positions_batch + time - 1)

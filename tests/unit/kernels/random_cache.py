@@ -4,16 +4,24 @@ from typing import Any
 
 import torch
 
-from ryzen_llm.cache import CACHES
+from ryzen_llm.cache import CACHES, Int4
 from ryzen_llm.cache.fp8 import Fp8
 
 FORMATS = {
     "dense": CACHES["dense"].keys,
     "int8": CACHES["int8"].keys,
     "int4": CACHES["int4"].keys,
+    "int4, 4 fine": Int4(fine=4),
     "fp8": Fp8(),
 }
-PAIRS = [("dense", "dense"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("int4", "dense")]
+PAIRS = [
+    ("dense", "dense"),
+    ("int8", "int8"),
+    ("int8", "int4"),
+    ("int4", "int4"),
+    ("int4", "dense"),
+    ("int4, 4 fine", "int4"),
+]
 
 
 def case(
@@ -38,7 +46,7 @@ def case(
     positions = ends - time + torch.arange(time)
     slots = ring or 160
     return {
-        "queries": 2 * normal(heads, time, head_dim),
+        "queries": FORMATS[keys].against_codes(2 * normal(heads, time, head_dim)),
         "keys": FORMATS[keys].encode(normal(kv_heads, slots, head_dim)),
         "values": FORMATS[values].encode(1 + normal(kv_heads, slots, head_dim)),
         "positions": positions if ragged else positions[:1],

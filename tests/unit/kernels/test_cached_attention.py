@@ -29,10 +29,9 @@ def test_blocks_give_attention_on_the_dequantised_cache(
 ) -> None:
     arguments = case(keys, values, **setting) | {"window": window}
     if sinks:
-        kv_heads, head_dim = arguments["keys"].codes.shape[1], arguments["queries"].shape[-1]
-        arguments["sinks"] = (
-            torch.randn(2, kv_heads, sinks, head_dim),
-            torch.randn(2, kv_heads, sinks, head_dim),
+        arguments["sinks"] = tuple(
+            torch.randn(2, stored.codes.shape[1], sinks, stored.width)
+            for stored in (arguments["keys"], arguments["values"])
         )
     torch.testing.assert_close(cached_attention(**arguments), reference(**arguments), atol=2e-5, rtol=2e-5)
 
@@ -47,11 +46,11 @@ def test_many_queries_and_keys_are_done_block_by_block() -> None:
     torch.testing.assert_close(got, reference(queries, keys, values, positions), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize(("keys", "values", "sinks"), [("int8", "int4", 0), ("int4", "int4", 3)])
+@pytest.mark.parametrize(("keys", "values", "sinks"), [("int8", "int4", 0), ("int4, 4 fine", "int4", 3)])
 def test_the_compiled_form_gives_the_same(keys: str, values: str, sinks: int) -> None:
     arguments = case(keys, values, time=2, ragged=True)
     if sinks:
-        arguments["sinks"] = (torch.randn(2, 2, sinks, 16), torch.randn(2, 2, sinks, 16))
+        arguments["sinks"] = (torch.randn(2, 2, sinks, 20), torch.randn(2, 2, sinks, 16))
     got = torch.compile(cached_attention, fullgraph=True)(**arguments)
     torch.testing.assert_close(got, reference(**arguments), atol=2e-5, rtol=2e-5)
 
@@ -80,12 +79,20 @@ def test_the_kernel_in_the_interpreter() -> None:
 
 KINDS = {"dense": (0, "bf16", False, False), "int8": (0, "i8", True, False), "int4": (1, "u8", True, True)}
 KINDS["fp8"] = (2, "u8", True, False)
+KINDS["int4, fine"] = KINDS["int4"]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("keys", "values"),
-    [("dense", "dense"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4"), ("fp8", "fp8")],
+    [
+        ("dense", "dense"),
+        ("int8", "int8"),
+        ("int8", "int4"),
+        ("int4", "int4"),
+        ("int4, fine", "int4"),
+        ("fp8", "fp8"),
+    ],
 )
 @pytest.mark.parametrize(
     ("head_dim", "rows"),
@@ -103,6 +110,7 @@ def test_every_configuration_compiles_without_a_gpu(
     from triton.compiler import ASTSource, compile
 
     constants: dict[str, Any] = {
+        "KEY_DIM": head_dim + (head_dim // 16 if keys == "int4, fine" else 0),
         "HEAD_DIM": head_dim,
         "ROWS": rows,
         "BLOCK": triton_kernel.block_slots(head_dim),
