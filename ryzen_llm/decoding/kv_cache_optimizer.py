@@ -69,7 +69,7 @@ class KVCacheOptimizer:
     Each layer is measured in each format while the others stay dense, on the calibration text's first 1024
     tokens; then, from dense on, the change with the least divergence for the bytes that it saves is made, one
     after the other. Keys of 4 bits get a `Transform` measured on the whole text, which gathers what matters
-    most in one channel of sixteen, and those have 8 bits.
+    most in one channel of eight, and those have 8 bits.
 
     Args:
         model: The model, left as it is.
@@ -87,7 +87,8 @@ class KVCacheOptimizer:
         self.model = model
         self.calibration = calibration.to(next(model.parameters()).device)
         self._costs: list[LayerCost] | None = None
-        fine = 2 * (model.config.head_dim // 32)
+        fine = model.config.head_dim // 8
+        fine += (model.config.head_dim - fine) % 2  # the others are packed in pairs
         with torch.inference_mode():
             self._dense_logits = self._logits(["dense"] * model.config.num_layers, self.calibration)
             transforms = self._key_transforms(fine)
