@@ -110,6 +110,7 @@ class LayerCache:
         return self._attend(queries, keys, values, self.positions)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        dtype = queries.dtype
         if self.sinks:
             held = positions.clamp(max=self.format.sinks)
             for buffer, new in zip(self.sinks, (keys, values), strict=True):
@@ -117,13 +118,13 @@ class LayerCache:
         if self.key_transform:
             inverse = self.key_transform[2]
             grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), inverse.mT[:, None])
-            rotated = self.format.keys.against_codes(torch.flatten(grouped, 1, 2))
-            queries, keys = rotated.to(queries.dtype), self._stored_keys(keys)
+            queries, keys = torch.flatten(grouped, 1, 2), self._stored_keys(keys)
         elif self.format.keys.rotated:
             # One product for both; the scores stay the same.
-            rotated = hadamard(torch.cat((queries, keys), 1)).to(queries.dtype)
+            rotated = hadamard(torch.cat((queries, keys), 1))
             queries, keys = torch.split(rotated, [queries.shape[1], keys.shape[1]], 1)
-        values = self._stored_values(values)
+            keys = keys.to(dtype)
+        queries, values = self.format.keys.against_codes(queries).to(dtype), self._stored_values(values)
         slots = positions % self.ring if self.ring else positions
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
@@ -133,13 +134,13 @@ class LayerCache:
             for kept, fresh in zip(stored, encoded, strict=True):
                 if kept is not None and fresh is not None:
                     _write(kept, fresh, slots)
-        sinks = self._sinks_read(queries.dtype)
+        sinks = self._sinks_read(dtype)
         context = cached_attention(
             queries, self.keys, self.values, positions, ring=self.ring, window=self.window, sinks=sinks
         )
         if self.format.values.rotated:
             context = hadamard(context)
-        return context.to(queries.dtype)
+        return context.to(dtype)
 
     def _stored_keys(self, keys: Tensor) -> Tensor:
         """What the format is given to encode for `keys`."""

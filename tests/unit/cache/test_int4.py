@@ -35,13 +35,20 @@ def test_vectors_with_their_codes_channels_have_the_same_products(fine: int, see
     torch.testing.assert_close(wide, (q * x).sum(-1), rtol=1e-12, atol=1e-12)
 
 
-def test_a_layer_with_fine_channels_attends_as_the_formula_says() -> None:
+@pytest.mark.parametrize("transformed", [True, False])
+def test_a_layer_with_fine_channels_attends_as_the_formula_says(transformed: bool) -> None:
     """Against softmax attention in fp64 on keys that are rounded channel by channel, sinks as they are."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 40, 16, generator=draw) for heads in (4, 2, 2))
-    matrix = torch.linalg.qr(torch.randn(2, 16, 16, generator=draw)).Q.half()
-    offset = torch.randn(2, 1, 16, generator=draw)
-    transform = Transform(offset, matrix, torch.linalg.inv(matrix.double()).half())
+    hadamard = torch.tensor([[1.0]], dtype=torch.float64)
+    for _ in range(4):
+        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
+    hadamard /= 4
+    matrix, offset, transform = hadamard.expand(2, 16, 16), torch.zeros(2, 1, 16), None
+    if transformed:
+        matrix = torch.linalg.qr(torch.randn(2, 16, 16, generator=draw)).Q.half()
+        offset = torch.randn(2, 1, 16, generator=draw)
+        transform = Transform(offset, matrix, torch.linalg.inv(matrix.double()).half())
     layer = LayerCache(
         LayerFormat(Int4(4), Int4(), sinks=3, key_transform=transform),
         batch_size=1,
@@ -63,10 +70,7 @@ def test_a_layer_with_fine_channels_attends_as_the_formula_says() -> None:
     rounded = ((z - low) / step).round() * step + low
     keys = torch.cat((k[:, :, :3].double(), rounded[:, :, 3:] @ matrix.double().inverse() + offset), 2)
     rest = layer.values.slots(3, 40).dequantised().double()
-    hadamard = torch.tensor([[1.0]], dtype=torch.float64)
-    for _ in range(4):
-        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
-    values = torch.cat((v[:, :, :3].double(), rest @ hadamard / 4), 2)
+    values = torch.cat((v[:, :, :3].double(), rest @ hadamard), 2)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.double(), keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1), is_causal=True
     )
@@ -83,5 +87,5 @@ def test_a_layer_with_fine_channels_attends_as_the_formula_says() -> None:
 @given(chunks=st.lists(st.integers(1, 40), min_size=1, max_size=5))
 def test_any_chunking_stores_the_same_bytes(chunks: list[int]) -> None:
     k = torch.randn(1, 2, sum(chunks), 16, generator=torch.Generator().manual_seed(sum(chunks)))
-    whole, parts = Int4(4).encode(k), [Int4(4).encode(part) for part in k.split(chunks, 2)]
+    whole, parts = Int4(4).encode(k), [Int4(4).encode(part) for part in torch.split(k, chunks, 2)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts], 2))

@@ -110,7 +110,7 @@ def test_every_configuration_compiles_without_a_gpu(
     from triton.compiler import ASTSource, compile
 
     constants: dict[str, Any] = {
-        "KEY_DIM": head_dim + (head_dim // 16 if keys == "int4, fine" else 0),
+        "KEY_DIM": head_dim + (head_dim // 8 if keys == "int4, fine" else 0),
         "HEAD_DIM": head_dim,
         "ROWS": rows,
         "BLOCK": triton_kernel.block_slots(head_dim),
