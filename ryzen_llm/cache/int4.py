@@ -20,7 +20,8 @@ class Int4(Format):
 
     Args:
         fine: How many channels, the first ones, have 8 bits: 16 * h + l, as two codes h and l that attention
-            takes for channels of their own. They share scale and minimum with the others.
+            takes for channels of their own. They share scale and minimum with the others, whose number is
+            even.
     """
 
     rotated = True

@@ -267,7 +267,7 @@ def _transform(keys: Tensor, queries: Tensor, fine: int) -> Transform:
 
 def _even(axes: Tensor) -> Tensor:
     """For `axes`, (..., size), an orthonormal matrix of which all entries are about as large: a discrete
-    cosine transform, (size, size).
+    cosine transform, (size, size). `kernels.hadamard` has such blocks of powers of two only.
     """
     size = axes.shape[-1]
     steps = torch.arange(size, dtype=axes.dtype, device=axes.device)
