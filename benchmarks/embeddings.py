@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
 import json
@@ -22,7 +23,7 @@ from benchmarks.embedding_peers import PEERS, round_to_nearest, truncated_svd
 from benchmarks.side_by_side import settings_of, speedup, time_arms
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
-from ryzen_llm.kernels import shared_compilations
+from ryzen_llm.kernels import shared_compilations, supports_bf16
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import (
     DenseEmbedding,
@@ -32,7 +33,7 @@ from ryzen_llm.model.embedding import (
     QuantizedEmbedding,
     allocate_bits,
 )
-from ryzen_llm.training import EmbeddingCompressor, heal, measure
+from ryzen_llm.training import EmbeddingCompressor, choose_precision, heal, measure
 
 PARTS = ("quality", "speed", "heal")
 
@@ -62,6 +63,7 @@ def main(arguments: list[str]) -> None:
             raise InputError(f"text {path}: no such file")
     console = Console()
     model, tokenizer = load_pretrained(options.model, "bf16")
+    model.float()  # the weights of bf16, but not its arithmetic, whose noise would cover what is measured
     ids = torch.tensor(tokenizer.encode(options.text.read_text(encoding="utf-8")))
     half, needed = len(ids) // 2, options.windows * options.context
     if half < max(needed, options.calibration_tokens):
@@ -72,24 +74,19 @@ def main(arguments: list[str]) -> None:
         calibration.append(torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"))))
     rows = torch.cat([in_rows(text[: options.calibration_tokens]) for text in calibration])
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    text = torch.cat([in_rows(text) for text in calibration])
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     found |= {"benchmark": "embeddings", "model": Path(options.model).name}
     with console.status("calibrating"):
         started = time.perf_counter()
-        compressor = EmbeddingCompressor(model, rows)
+        compressor = EmbeddingCompressor(model, rows, text)
         found["calibration_s"] = time.perf_counter() - started
     if "quality" in options.parts:
         found["quality"] = quality(compressor, scored, options, console)
     if "speed" in options.parts:
         found["speed"] = speed(compressor, options, console)
     if "heal" in options.parts:
-        found["healed"] = healed(
-            compressor,
-            torch.cat([in_rows(text) for text in calibration]),
-            scored,
-            options,
-            console,
-        )
+        found["healed"] = healed(compressor, text, scored, options, console)
     found["settings"] = settings_of(options)
     found["environment"] = describe_environment()
     write_json(options.out, found)
@@ -188,19 +185,28 @@ def _ten_times(function: Callable[[Tensor], Tensor], argument: Tensor) -> None:
 def speed(
     compressor: EmbeddingCompressor, options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
-    """Milliseconds of the head at batch 1 and of looking up 1 token, compiled, all arms in every round."""
-    embeddings: dict[str, Embedding] = {"dense bf16": compressor.model.embedding}
-    embeddings |= {name: make() for name, make in ours(compressor, options.ratios).items()}
-    hidden = torch.randn(1, compressor.weight.shape[1]).bfloat16()
+    """Milliseconds of the head at batch 1 and of looking up 1 token, compiled, all arms in every round.
+
+    The compressed ones take and give what decoding computes in: bf16, or fp32 where the hardware lacks it.
+    """
+    dense = compressor.model.embedding
+    dtype = torch.bfloat16 if supports_bf16(compressor.weight.device) else torch.float32
+    embeddings: dict[str, Embedding] = {
+        "dense bf16": copy.deepcopy(dense).to(torch.bfloat16),
+        "dense fp32": dense,
+    }
+    embeddings |= {name: make().to(dtype) for name, make in ours(compressor, options.ratios).items()}
+    states = torch.randn(1, compressor.weight.shape[1])
+    hidden = {name: states.to(next(e.parameters()).dtype) for name, e in embeddings.items()}
     ids = torch.tensor([[7]])
     rows: list[dict[str, Any]] = []
     heads = {n: torch.compile(e.logits, fullgraph=True, dynamic=False) for n, e in embeddings.items()}
     lookups = {n: torch.compile(e.lookup, fullgraph=True, dynamic=False) for n, e in embeddings.items()}
     for name in embeddings:
         for _ in range(3):
-            heads[name](hidden), lookups[name](ids)
+            heads[name](hidden[name]), lookups[name](ids)
     head_times = time_arms(
-        {n: functools.partial(_ten_times, f, hidden) for n, f in heads.items()}, options.rounds
+        {n: functools.partial(_ten_times, f, hidden[n]) for n, f in heads.items()}, options.rounds
     )
     look_times = time_arms(
         {n: functools.partial(_ten_times, f, ids) for n, f in lookups.items()}, options.rounds
@@ -233,17 +239,17 @@ def healed(
     trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=tiers)
     before = compressor.apply(trainable.compressed())
     started = time.perf_counter()
+    precision, _ = choose_precision(None, compressor.weight.device)
     after = heal(
-        compressor.model.float(),
+        compressor.model,
         trainable,
         text,
         steps=options.heal_steps,
         learning_rate=options.heal_learning_rate,
-        precision="bf16-mixed",
+        precision=precision,
     )
     seconds = time.perf_counter() - started
-    compressor.model.bfloat16()
-    qualities = measure(compressor.model, {"before": before, "after": after.bfloat16()}, scored)
+    qualities = measure(compressor.model, {"before": before, "after": after}, scored)
     size = after.embedding.bytes_resident
     result = {
         "ratio": 2 * compressor.weight.numel() / size,

@@ -19,6 +19,8 @@ from ryzen_llm.training import EmbeddingCompressor, heal
 REPORT = "embedding_compression.json"
 HEALING_REPORT = "training_metrics_report.json"
 """Both beside the weights."""
+_TEXT = 16
+"""Times as much text as is calibrated on is read, for counting tokens and for healing."""
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +33,7 @@ def main(arguments: list[str]) -> int:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--ratio", type=float, help="dense bf16 bytes over compressed bytes")
     budget.add_argument("--perplexity-increase", type=float, help="relative, at most; 0.01 is 1%%")
-    parser.add_argument("--text", default="stdlib", help="calibration text: a file, folder or stdlib")
+    parser.add_argument("--text", default="stdlib", help="text to calibrate on, like what the model is for")
     parser.add_argument("--tokens", type=int, default=16384, help="of the text, to calibrate on")
     parser.add_argument("--context", type=int, default=512, help="tokens a row")
     parser.add_argument("--heal-steps", type=int, default=0, help="steps of the healing pass (default: none)")
@@ -50,7 +52,7 @@ def _compress(options: argparse.Namespace) -> None:
         raise InputError("--heal-steps must be zero or more, and --context 2 or more")
     model, tokenizer = load_pretrained(options.model)
     ids: list[int] = []
-    wanted = options.tokens * (4 if options.heal_steps else 1)
+    wanted = options.tokens * _TEXT
     for document in open_corpus(options.text, "text").documents():
         ids += tokenizer.encode(document)
         if len(ids) >= wanted:
@@ -59,27 +61,35 @@ def _compress(options: argparse.Namespace) -> None:
     if not rows.numel():
         raise InputError(f"--text {options.text}: has {len(ids)} tokens, expected {options.context} or more")
     calibrated = max(options.tokens // options.context, 2)
-    compressor = EmbeddingCompressor(model, rows[:calibrated])
+    more = rows[calibrated:]
+    compressor = EmbeddingCompressor(model, rows[:calibrated], more if len(more) else None)
     choice = compressor.choose(ratio=options.ratio, perplexity_increase=options.perplexity_increase)
-    compressed, report = compressor.apply(choice.embedding), choice.report()
+    compressed, quality, report = compressor.apply(choice.embedding), choice.chosen.quality, choice.report()
     if options.heal_steps:
         trainable = compressor.trainable(choice.chosen)
         healing = options.out.with_name(f"{options.out.name}-healing")
-        compressed = heal(
+        healed = heal(
             model,
             trainable,
-            torch.cat((compressor.text, rows[calibrated:])),  # not on what it is measured on
+            torch.cat((compressor.text, more)),  # not on what it is measured on
             steps=options.heal_steps,
             callbacks=[TrainingMetricsCollector(healing / HEALING_REPORT), AnomalyDetector()],
         )
-        report["healed"] = {"quality": asdict(compressor.quality(compressed))}
+        after = compressor.quality(healed)
+        kept = after.kl < quality.kl
+        report["healed"] = {"quality": asdict(after), "kept": kept}
+        print(
+            f"healed for {options.heal_steps} steps: divergence from the dense model {quality.kl:.4f} -> "
+            f"{after.kl:.4f} nats" + ("" if kept else ", which is no better: not kept")
+        )
+        if kept:
+            compressed, quality = healed, after
     compressed.embedding.to(torch.bfloat16)
     written = export_pretrained(compressed, tokenizer, options.out, densify=False, dtype="bf16")
     write_json(written / REPORT, report)
-    quality = report.get("healed", report["chosen"])["quality"]
     print(
         f"{choice.chosen.kind}: {choice.chosen.ratio:.2f}x smaller than dense bf16, perplexity "
-        f"{quality['perplexity_increase']:+.2%}, top-1 agreement {quality['top1_agreement']:.1%} on text not "
+        f"{quality.perplexity_increase:+.2%}, top-1 agreement {quality.top1_agreement:.1%} on text not "
         f"calibrated on\nwritten: {written}"
     )
 

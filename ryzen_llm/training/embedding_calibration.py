@@ -38,15 +38,20 @@ def check_text(input_ids: Tensor, vocab_size: int, name: str) -> None:
         )
 
 
-def calibrate(model: Transformer, input_ids: Tensor, seed: int = 0) -> Calibration:
+def calibrate(
+    model: Transformer, input_ids: Tensor, more_text: Tensor | None = None, seed: int = 0
+) -> Calibration:
     """The `Calibration` of a model with a tied embedding, from one pass forward and backward over a text.
 
     The gradients are those of targets drawn from the model's own predictions, so that their second moment is
-    the Fisher matrix (Kunstner et al. 2019, arXiv:1905.12558). `input_ids` is (batch, time) int64. Raises
-    InputError for a text that cannot work or an untied model.
+    the Fisher matrix (Kunstner et al. 2019, arXiv:1905.12558). `input_ids` is (batch, time) int64. So is
+    `more_text`, of which tokens are counted only: that takes no pass, and a longer text knows more of them.
+    Raises InputError for a text that cannot work or an untied model.
     """
     config = model.config
     check_text(input_ids, config.vocab_size, "calibration")
+    counted = torch.cat([text.flatten() for text in (input_ids, more_text) if text is not None])
+    check_text(counted[None], config.vocab_size, "more_text")
     if model.head is not None:
         raise InputError("the model's output head is not tied to its embedding: there is nothing to compress")
     device = next(model.parameters()).device
@@ -77,8 +82,8 @@ def calibrate(model: Transformer, input_ids: Tensor, seed: int = 0) -> Calibrati
         upstream = upstream.float().flatten(0, 1)
         lookup += upstream.T @ upstream
     tokens = input_ids.numel()
-    counted = torch.bincount(input_ids.flatten().to(device), minlength=config.vocab_size)
-    frequencies = ((counted + predicted) / (2 * tokens) + 1e-10) ** _FLATTEN
+    occurring = torch.bincount(counted.to(device), minlength=config.vocab_size) / len(counted)
+    frequencies = ((occurring + predicted / tokens) / 2 + 1e-10) ** _FLATTEN
     return Calibration(
         frequencies=(frequencies / frequencies.sum()).cpu(),
         head_hessian=(head / predicted.sum()).cpu(),

@@ -60,11 +60,13 @@ class EmbeddingCompressor:
     Args:
         model: A model with a tied dense embedding; left as it is.
         calibration: Token ids of real text, (batch, time) int64; some ten thousand tokens or more.
+        more_text: More of such text, (batch, time) int64, in which tokens are counted only: a hundred
+            thousand of them cost next to nothing, and say which rows can do with few bits.
 
     Raises InputError for an untied model, one that is compressed already, and text that cannot work.
     """
 
-    def __init__(self, model: Transformer, calibration: Tensor) -> None:
+    def __init__(self, model: Transformer, calibration: Tensor, more_text: Tensor | None = None) -> None:
         if model.config.embedding != "dense":
             raise InputError(f"the model's embedding is {model.config.embedding} already, expected dense")
         check_text(calibration, model.config.vocab_size, "calibration")
@@ -74,7 +76,7 @@ class EmbeddingCompressor:
         self.model = model
         self.text, self.held_out = calibration[:-held_out], calibration[-held_out:]
         self.weight = model.embedding.dense_weight().float()
-        self.calibration: Calibration = calibrate(model, self.text)
+        self.calibration: Calibration = calibrate(model, self.text, more_text)
         self._measured: list[Candidate] = []
 
     def compress(self, kind: type[CompressedEmbedding], **settings: Any) -> CompressedEmbedding:
@@ -95,8 +97,8 @@ class EmbeddingCompressor:
         found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
         tiers = allocate_bits(self.weight, self.calibration, available)
         found.append((QuantizedEmbedding, {"bits": tiers}))
-        # Beside a row's codes there is its scale, and beside all rows the signs of the rotation.
-        bits = int(((available - hidden_size) / vocab_size - 2) * 8 / hidden_size)
+        # Beside a row's codes there is its scale, and beside all rows their centre and the rotation's signs.
+        bits = int(((available - 3 * hidden_size) / vocab_size - 2) * 8 / hidden_size)
         if 1 <= bits <= 8:
             found.append((QuantizedEmbedding, {"bits": bits}))
         if rank := available // (2 * (vocab_size + hidden_size)):
@@ -126,7 +128,13 @@ class EmbeddingCompressor:
         best = None
         for step in range(_SEARCH_STEPS):
             middle = low if step == 0 else (low + high) / 2
-            kind, settings = self.settings_for(math.exp(middle))[0]
+            try:
+                kind, settings = self.settings_for(math.exp(middle))[0]
+            except InputError:  # so few bytes that no kind fits
+                if step == 0:
+                    raise
+                high = middle
+                continue
             found = self._measure(self.compress(kind, **settings))
             if found[1].quality.perplexity_increase <= perplexity_increase:
                 low, best = middle, found

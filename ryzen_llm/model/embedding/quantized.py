@@ -26,6 +26,9 @@ Tiers = list[list[int]]
 class QuantizedEmbedding(CompressedEmbedding):
     """Codes of 1 to 8 bits in tiers of rows, each group of columns with a scale of its own.
 
+    What is coded is a row's distance from the centre of its tier, a vector that is stored once: rows of rare
+    tokens have half of their energy in common.
+
     It has two forms. To be trained, it holds `weight` and rounds it as it is used, with gradients straight
     through (Bengio et al. 2013, arXiv:1308.3432) and learned scales (as in LSQ, Esser et al. 2019,
     arXiv:1902.08153). `compressed()` and `from_dense` give the packed form, in which nothing dense is left
@@ -79,11 +82,12 @@ class QuantizedEmbedding(CompressedEmbedding):
         self.weight: nn.Parameter | None = None
         self.log_scale: nn.Parameter | None = None
         groups = hidden_size // self.group
+        self.centre = nn.Parameter(torch.zeros(len(self.tiers), hidden_size), requires_grad=not packed)
         if packed:
             for i, (rows, bits) in enumerate(self.tiers):
                 codes = torch.zeros(rows, groups, self.group * bits // 8, dtype=torch.uint8)
                 self.register_buffer(f"codes_{i}", codes)
-                # A parameter, so that it follows the model's floating dtype; it is not trained.
+                # A parameter, so that it follows the model's floating dtype.
                 scale = nn.Parameter(torch.ones(rows, groups), requires_grad=False)
                 self.register_parameter(f"scale_{i}", scale)
             return
@@ -119,8 +123,10 @@ class QuantizedEmbedding(CompressedEmbedding):
             made.position.copy_(order.argsort())
             weight = weight[order]
         scales = []
-        for start, stop, bits in made._spans:
-            values, scale = quantise_rows(weight[start:stop], hessian, bits, made.group)
+        for i, (start, stop, bits) in enumerate(made._spans):
+            rows = weight[start:stop]
+            made.centre[i] = rows.mean(0).bfloat16()  # as it will be stored
+            values, scale = quantise_rows(rows - made.centre[i], hessian, bits, made.group)
             made.weight[start:stop] = values
             scales.append(scale)
         made.log_scale.copy_(torch.cat(scales).log().flatten())
@@ -135,14 +141,14 @@ class QuantizedEmbedding(CompressedEmbedding):
         if self.weight is not None:
             values = self._rounded(rows)
         elif len(self.tiers) == 1:
-            values = packed_lookup(rows, self._rows(0))
+            values = packed_lookup(rows, self._rows(0)) + self.centre[0]
         else:
             # Every token is looked up in every tier, at a row that exists there; one of them is its own.
             values = torch.zeros((), dtype=self.get_parameter("scale_0").dtype, device=rows.device)
             for i, (start, stop, _) in enumerate(self._spans):
                 mine = (rows >= start) & (rows < stop)
                 found = packed_lookup((rows - start).clamp(0, stop - start - 1), self._rows(i))
-                values = torch.where(mine[:, None], found, values)
+                values = torch.where(mine[:, None], found + self.centre[i], values)
         if self.signs is not None:
             values = rotate_back(values, self.signs).to(values.dtype)
         return values.view(*input_ids.shape, self.hidden_size)
@@ -153,7 +159,8 @@ class QuantizedEmbedding(CompressedEmbedding):
         if self.weight is not None:
             logits = F.linear(x, self._rounded().to(x.dtype))
         else:
-            logits = torch.cat([packed_linear(x, self._rows(i)) for i in range(len(self.tiers))], -1)
+            common = torch.split(F.linear(x, self.centre.to(x.dtype)), 1, -1)
+            logits = torch.cat([packed_linear(x, self._rows(i)) + c for i, c in enumerate(common)], -1)
         if self.position is not None:
             logits = logits.index_select(-1, self.position.int())
         return logits.view(*hidden_states.shape[:-1], self.vocab_size)
@@ -191,18 +198,26 @@ class QuantizedEmbedding(CompressedEmbedding):
         """`weight`, or some rows of it, on its grid, in fp32 or wider."""
         assert self.weight is not None
         assert self.log_scale is not None
+        counts = [n for n, _ in self.tiers]
         most = torch.cat([torch.full((n,), 2.0**bits - 1) for n, bits in self.tiers]).to(self.weight.device)
         weight: Tensor = self.weight
         scale = self.log_scale.view(self.vocab_size, -1)
-        if rows is not None:
-            weight, scale, most = F.embedding(rows, weight), F.embedding(rows, scale), most[rows]
-        most = most[:, None, None]
         # Rounded as it will be stored; the gradient passes.
+        centre = self.centre + (self.centre.bfloat16() - self.centre).detach()
+        if rows is None:
+            centre = torch.cat([c.expand(n, -1) for c, n in zip(centre, counts, strict=True)])
+        else:
+            tier = torch.bucketize(rows, torch.tensor(counts, device=rows.device).cumsum(0), right=True)
+            weight, scale, centre = (
+                F.embedding(at, x) for at, x in ((rows, weight), (rows, scale), (tier, centre))
+            )
+            most = most[rows]
+        most = most[:, None, None]
         scale = scale.exp()
         scale = (scale + (scale.bfloat16() - scale).detach())[..., None]
         places = torch.clamp(torch.unflatten(weight, -1, (-1, self.group)) / scale + most / 2, most * 0, most)
         places = places + (places.round() - places).detach()
-        return ((places - most / 2) * scale).flatten(-2)
+        return ((places - most / 2) * scale).flatten(-2) + centre
 
     @torch.no_grad()
     def _packed(self) -> Self:
@@ -211,6 +226,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         made = type(self)(self.vocab_size, self.hidden_size, **self.settings | {"packed": True})
         if self.position is not None and made.position is not None:
             made.position.copy_(self.position)
+        made.centre.copy_(self.centre.bfloat16())
         scales = self.log_scale.exp().view(self.vocab_size, -1).bfloat16().float()
         for i, (start, stop, bits) in enumerate(self._spans):
             codes = to_codes(self.weight[start:stop].float(), scales[start:stop], bits)
@@ -235,8 +251,13 @@ def check_tiers(bits: int | Tiers, vocab_size: int) -> Tiers:
 
 
 def sensitivity(weight: Tensor, calibration: Calibration) -> Tensor:
-    """What a row's quantisation error costs, up to a factor that all rows share: (vocab_size,)."""
-    return calibration.frequencies * weight.float().square().mean(-1)
+    """What a row's quantisation error costs, up to a factor that all rows share: (vocab_size,).
+
+    The error is proportional to what is coded, the distance from the centre. Which tier's is not known yet;
+    the tiers with few bits, which count, have most of the rows, and so about the centre of all.
+    """
+    weight = weight.float()
+    return calibration.frequencies * (weight - weight.mean(0)).square().mean(-1)
 
 
 def allocate_bits(
@@ -255,19 +276,24 @@ def allocate_bits(
     # The squared error of the Gaussian grids is about step² / 12, and larger where clipping counts.
     factors = torch.tensor([_ERRORS[b] for b in widths], dtype=torch.float64)
     sizes = torch.tensor([b * hidden_size / 8 + 2 + 2 for b in widths], dtype=torch.float64)
+
+    def size(chosen: Tensor) -> int:
+        # With the signs of the rotation and each tier's centre.
+        return int(sizes[chosen].sum()) + hidden_size * (1 + 2 * len(torch.unique(chosen)))
+
     low, high = -80.0, 20.0
     for _ in range(80):
         middle = (low + high) / 2
         chosen = (costs[:, None] * factors + math.exp(middle) * sizes).argmin(-1)
-        if float(sizes[chosen].sum()) > bytes_available - 3 * hidden_size:
+        if size(chosen) > bytes_available:
             low = middle
         else:
             high = middle
     chosen = (costs[:, None] * factors + math.exp(high) * sizes).argmin(-1)
-    if float(sizes[chosen].sum()) > bytes_available:
+    if size(chosen) > bytes_available:
         raise InputError(
             f"{bytes_available} bytes are too few for {vocab_size} rows of {hidden_size}: expected at least "
-            f"{int(sizes.min() * vocab_size)}"
+            f"{size(chosen)}"
         )
     counts = [(int((chosen == i).sum()), bits) for i, bits in enumerate(widths)]
     return [[rows, bits] for rows, bits in reversed(counts) if rows]

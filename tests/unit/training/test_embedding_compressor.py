@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -59,9 +60,12 @@ def compressor(model: Transformer, text: torch.Tensor) -> EmbeddingCompressor:
     return EmbeddingCompressor(model, text)
 
 
-def test_calibration_is_the_fisher_matrix_of_head_and_lookup(model: Transformer, text: torch.Tensor) -> None:
+@pytest.mark.parametrize("more", [False, True], ids=["", "tokens counted in more text"])
+def test_calibration_is_the_fisher_matrix_of_head_and_lookup(
+    model: Transformer, text: torch.Tensor, more: bool
+) -> None:
     """Against its definition, token by token, with the expectation over targets taken exactly."""
-    found = calibrate(model, text[:4])
+    found = calibrate(model, text[:4], text[4:] if more else None)
     head = torch.zeros(32, 32)
     predicted = torch.zeros(64)
     for row in text[:4]:
@@ -71,8 +75,9 @@ def test_calibration_is_the_fisher_matrix_of_head_and_lookup(model: Transformer,
             head += (1 - q.square().sum()) * torch.outer(h, h)
             predicted += q * (1 - q)
     torch.testing.assert_close(found.head_hessian, head / predicted.sum(), atol=1e-4, rtol=1e-4)
-    counts = torch.bincount(text[:4].flatten(), minlength=64)
-    expected = ((counts + predicted) / 2 / text[:4].numel() + 1e-10) ** 0.75
+    counted = text if more else text[:4]
+    occurring = torch.bincount(counted.flatten(), minlength=64) / counted.numel()
+    expected = ((occurring + predicted / text[:4].numel()) / 2 + 1e-10) ** 0.75
     torch.testing.assert_close(found.frequencies, expected / expected.sum(), atol=1e-6, rtol=1e-4)
     eigenvalues = torch.linalg.eigvalsh(found.input_hessian)
     assert eigenvalues.min() > -1e-6
@@ -129,11 +134,21 @@ def test_a_quality_budget_is_kept_and_a_larger_one_gives_more(compressor: Embedd
     assert loose.chosen.ratio > strict.chosen.ratio
 
 
+def test_a_budget_looser_than_any_ratio_costs_gives_the_smallest_there_is(
+    compressor: EmbeddingCompressor,
+) -> None:
+    """The search tries ratios that no kind reaches on its way, which is no fault of the user's."""
+    choice = compressor.choose(perplexity_increase=1e6)
+    assert choice.chosen.ratio == max(candidate.ratio for candidate in choice.curve)
+    with pytest.raises(InputError, match="bytes are too few"):
+        compressor.settings_for(1.1 * choice.chosen.ratio)
+
+
 def test_healing_brings_the_divergence_down_and_trains_nothing_but_embedding_and_norm(
     compressor: EmbeddingCompressor, model: Transformer, text: torch.Tensor, tmp_path: Path
 ) -> None:
     before = copy.deepcopy(model.state_dict())
-    available = 2 * 64 * 32 // 5
+    available = 900  # 2 bits a number
     tiers = allocate_bits(compressor.weight, compressor.calibration, available)
     trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=tiers)
     worse = compressor.quality(compressor.apply(copy.deepcopy(trainable).compressed()))
@@ -192,8 +207,9 @@ def test_models_and_budgets_that_cannot_work_are_refused(
 
 
 def test_the_script_writes_a_directory_that_loads_compressed(
-    model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And keeps a healed embedding only where it is better."""
     spec = importlib.util.spec_from_file_location("compress", ROOT / "scripts" / "compress.py")
     assert spec is not None
     assert spec.loader is not None
@@ -212,5 +228,18 @@ def test_the_script_writes_a_directory_that_loads_compressed(
     loaded, _ = load_pretrained(tmp_path / "out")
     assert loaded.config.embedding != "dense"
     assert loaded.embedding.compression_ratio >= 2
-    assert (tmp_path / "out" / "embedding_compression.json").is_file()
     assert script.main(command) == 2, "the directory is there already"
+
+    def harm(teacher: Transformer, *_: Any, **__: Any) -> Transformer:
+        harmed = copy.deepcopy(teacher)
+        torch.nn.init.constant_(harmed.norm.weight, -9.0)
+        return harmed
+
+    monkeypatch.setattr(script, "heal", harm)
+    assert script.main([*command[:-1], str(tmp_path / "harmed")]) == 0
+    assert "no better: not kept" in capsys.readouterr().out
+    report = json.loads((tmp_path / "harmed" / "embedding_compression.json").read_text())
+    assert report["healed"]["quality"]["kl"] > report["chosen"]["quality"]["kl"]
+    kept, _ = load_pretrained(tmp_path / "harmed")
+    assert kept.embedding.compression_ratio >= 2
+    assert torch.equal(kept.norm.weight, small.norm.weight)

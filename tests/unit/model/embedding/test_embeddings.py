@@ -47,16 +47,16 @@ def build(name: str, packed: bool = False) -> Embedding:
     return embedding.compressed() if packed else embedding
 
 
-def calibration(seed: int = 0) -> Calibration:
+def calibration(seed: int = 0, vocab: int = VOCAB) -> Calibration:
     """Frequencies as uneven as words', and hidden states that prefer some directions."""
     draw = torch.Generator().manual_seed(seed)
     states = torch.randn(500, HIDDEN, generator=draw) * torch.logspace(0, -2, HIDDEN)
-    frequencies = 1 / torch.arange(1, VOCAB + 1)[torch.randperm(VOCAB, generator=draw)]
+    frequencies = 1 / torch.arange(1, vocab + 1)[torch.randperm(vocab, generator=draw)]
     return Calibration(frequencies / frequencies.sum(), states.T @ states / 500, 0.01 * torch.eye(HIDDEN))
 
 
-def dense(seed: int = 0) -> torch.Tensor:
-    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(seed))
+def dense(seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(vocab, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("name", "packed"), FORMS)
@@ -91,7 +91,8 @@ def test_bytes_resident_are_those_of_every_storage(name: str, packed: bool) -> N
 def test_the_ratio_is_against_bf16_and_counts_codes_scales_positions_and_signs() -> None:
     embedding = QuantizedEmbedding(VOCAB, HIDDEN, bits=[[32, 6], [64, 2]], reordered=True)
     codes = 32 * HIDDEN * 6 // 8 + 64 * HIDDEN * 2 // 8
-    everything = codes + 2 * VOCAB + 2 * VOCAB + HIDDEN  # and scales in bf16, positions of 16 bits, signs
+    # And scales and centres in bf16, positions of 16 bits, signs.
+    everything = codes + 2 * VOCAB + 2 * 2 * HIDDEN + 2 * VOCAB + HIDDEN
     assert embedding.compression_ratio == pytest.approx(2 * VOCAB * HIDDEN / everything)
     assert build("dense").compression_ratio == 1
     assert build("factorized").compression_ratio == pytest.approx(VOCAB * HIDDEN / (24 * (VOCAB + HIDDEN)))
@@ -145,13 +146,25 @@ def test_error_feedback_beats_rounding_in_what_the_text_says_matters() -> None:
 
 
 def test_tiers_by_frequency_beat_equal_bits_at_no_more_bytes() -> None:
-    equal = QuantizedEmbedding.from_dense(dense(), calibration(), bits=4).to(torch.bfloat16)
-    tiers = allocate_bits(dense(), calibration(), equal.bytes_resident)
-    tiered = QuantizedEmbedding.from_dense(dense(), calibration(), bits=tiers).to(torch.bfloat16)
-    costs = [float(calibration().cost(e.dense_weight() - dense()).sum()) for e in (tiered, equal)]
+    weight, text = dense(vocab=1024), calibration(vocab=1024)  # enough rows to pay for the tiers' centres
+    equal = QuantizedEmbedding.from_dense(weight, text, bits=4).to(torch.bfloat16)
+    tiers = allocate_bits(weight, text, equal.bytes_resident)
+    tiered = QuantizedEmbedding.from_dense(weight, text, bits=tiers).to(torch.bfloat16)
+    costs = [float(text.cost(e.dense_weight().float() - weight).sum()) for e in (tiered, equal)]
     assert tiered.bytes_resident <= equal.bytes_resident
     assert len(tiers) > 2
     assert costs[0] < costs[1]
+
+
+@pytest.mark.parametrize("bits", [3, [[16, 6], [80, 3]]])
+def test_what_all_rows_have_in_common_costs_no_bits(bits: int | list[list[int]]) -> None:
+    """Shifted by one vector ten times as long as a row, the rows are as exact as before."""
+    shift = 10 * dense(seed=1)[0].bfloat16().float()
+    errors = []
+    for weight in (dense(), dense() + shift):
+        made = QuantizedEmbedding.from_dense(weight, calibration(), bits=bits)
+        errors.append(float((made.dense_weight() - weight).square().mean()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
 
 
 def test_the_trainable_form_starts_where_the_packed_one_is() -> None:
