@@ -14,18 +14,12 @@ a bf16 scale and minimum for each output.
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import subprocess
-import sys
-import warnings
-from pathlib import Path
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from ryzen_llm.kernels.cpp_extension import compile_beside
 from ryzen_llm.kernels.hardware import cpu_features
 
 GROUP = 32
@@ -41,27 +35,8 @@ def is_in_cpp(dtype: torch.dtype) -> bool:
 @functools.cache
 def is_compiled() -> bool:
     """Compile the C++ forms, half a minute in a machine's first call; False, and a warning, if that fails."""
-    from torch.utils.cpp_extension import load
-
-    logging.getLogger(__name__).info("compiling the product for weights of 4 bits")
-    source = Path(__file__).with_suffix(".cpp")
-    # Where pip has put ninja, an environment that is not activated does not look.
-    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
-    try:
-        with patch.dict(os.environ, PATH=path):
-            load(
-                name="ryzen_llm_int4_linear",
-                sources=[str(source)],
-                extra_cflags=["-O3", "-fopenmp"],
-                is_python_module=False,
-            )
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            "weights int4: the C++ product could not be compiled, PyTorch's slower one is used (without bf16 "
-            "arithmetic it is slower than --weights fp32); it needs a C++ compiler and ninja "
-            f"({' '.join(str(error).split())[:200]})",
-            stacklevel=2,
-        )
+    slower = "weights int4 use PyTorch's op, which without bf16 arithmetic is slower than --weights fp32"
+    if not compile_beside(__file__, slower):
         return False
     torch.library.register_fake("ryzen_llm::int4_linear", _shape)
     return True

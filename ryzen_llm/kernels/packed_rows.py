@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ryzen_llm.kernels.packed_dot import packed_dot, suits
+
 TILE_ROWS = 2048
 """Rows that are unpacked at once for a matrix product: in bf16 they stay in a CPU's L2 cache."""
 
@@ -82,9 +84,9 @@ def packed_lookup(indices: Tensor, rows: PackedRows) -> Tensor:
 def packed_linear(x: Tensor, rows: PackedRows) -> Tensor:
     """x (n, size) times the rows, as (n, rows) in x's dtype; its gradient goes to `x` only.
 
-    One x in a compiled decoding step is multiplied straight from the codes, by a loop that Inductor makes of
-    it; several, and on a CPU without the compiler, tile by tile of `TILE_ROWS` rows. On CUDA a Triton kernel
-    unpacks in registers.
+    One x in a compiled decoding step is multiplied straight from the codes, by `packed_dot` or a loop that
+    Inductor makes; several, and on a CPU without the compiler, tile by tile of `TILE_ROWS` rows. On CUDA a
+    Triton kernel unpacks in registers.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         product: Tensor = _PackedLinear.apply(x, *rows)  # type: ignore[no-untyped-call]
@@ -97,6 +99,8 @@ def _multiply(x: Tensor, rows: PackedRows) -> Tensor:
         if (kernels := _triton()) is not None:
             return torch.as_tensor(kernels.linear(x, *rows))
     elif x.shape[0] == 1 and torch.compiler.is_compiling():
+        if x.device.type == "cpu" and suits(x.shape[1] // rows.codes.shape[1], rows.bits):
+            return packed_dot(x[0], *rows).to(x.dtype)[None]
         return _dot(x[0], rows).to(x.dtype)[None]
     return multiply_by_tiles(x, rows)
 

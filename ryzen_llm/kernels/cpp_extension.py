@@ -1,0 +1,41 @@
+"""C++ beside a module, compiled when it is first used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from unittest.mock import patch
+
+
+def compile_beside(module_file: str, otherwise: str) -> bool:
+    """Compile the .cpp file beside a module and load its ops: half a minute in a machine's first call.
+
+    Returns False, with a warning that ends in `otherwise`, where that fails: it needs a C++ compiler and
+    ninja.
+    """
+    from torch.utils.cpp_extension import load
+
+    source = Path(module_file).with_suffix(".cpp")
+    logging.getLogger(__name__).info("compiling %s", source.name)
+    # Where pip has put ninja, an environment that is not activated does not look.
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    try:
+        with patch.dict(os.environ, PATH=path):
+            load(
+                name=f"ryzen_llm_{source.stem}",
+                sources=[str(source)],
+                extra_cflags=["-O3", "-fopenmp"],
+                is_python_module=False,
+            )
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"{source.name} could not be compiled, which needs a C++ compiler and ninja "
+            f"({' '.join(str(error).split())[:200]}): {otherwise}",
+            stacklevel=3,
+        )
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""The product of one x with packed rows in C++: every width against fp64, and where it is not taken."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from ryzen_llm.kernels import PackedRows, pack, packed_linear
+from ryzen_llm.kernels import packed_dot as module
+from ryzen_llm.kernels.hardware import cpu_features
+from ryzen_llm.kernels.packed_dot import packed_dot, suits
+
+needs_avx2 = pytest.mark.skipif(not cpu_features().avx2, reason="this CPU has no AVX2")
+
+
+def random_rows(
+    bits: int, groups: int, group: int, rows: int = 33
+) -> tuple[PackedRows, torch.Tensor, torch.Tensor]:
+    """Packed rows, their values by the formula in fp64, and an x."""
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, (rows, groups, group), generator=draw)
+    scale = torch.rand(rows, groups, generator=draw) + 0.5
+    values = (codes - (2**bits - 1) / 2) * scale.double()[..., None]
+    x = torch.randn(groups * group, generator=draw)
+    return PackedRows(pack(codes, bits), scale, bits), values.flatten(1), x
+
+
+@needs_avx2
+@pytest.mark.parametrize(("groups", "group"), [(1, 64), (1, 576), (3, 192)])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_products_are_those_of_fp64(bits: int, groups: int, group: int) -> None:
+    """Sums are fp32: off by a part of the sum of the terms' sizes."""
+    rows, values, x = random_rows(bits, groups, group)
+    assert suits(group, bits)
+    # The offset of the grid is taken off at the end, so what is summed is larger than the values.
+    terms = x.double().abs() @ (values.abs() + 2**bits).T
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype)
+        got = packed_dot(given, *rows)
+        assert got.dtype == torch.float32
+        assert ((got.double() - given.double() @ values.T).abs() <= terms * 2**-20).all()
+
+
+@needs_avx2
+def test_scales_in_bf16_are_read_as_they_are() -> None:
+    rows, _, x = random_rows(3, 2, 64)
+    scale = rows.scale.bfloat16()
+    assert torch.equal(packed_dot(x, rows.codes, scale, 3), packed_dot(x, rows.codes, scale.float(), 3))
+
+
+@needs_avx2
+def test_no_rows_give_no_products() -> None:
+    rows, _, x = random_rows(4, 1, 64, rows=0)
+    assert packed_dot(x, *rows).shape == (0,)
+
+
+@needs_avx2
+def test_a_compiled_step_takes_it_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's own loop must not be what is compared with itself."""
+    rows, values, x = random_rows(5, 1, 64)
+    monkeypatch.setattr("ryzen_llm.kernels.packed_rows._dot", None)
+    with torch.no_grad():
+        got = torch.compile(packed_linear, fullgraph=True)(x[None], rows)
+    torch.testing.assert_close(got[0].double(), x.double() @ values.T, atol=1e-3, rtol=1e-5)
+
+
+@needs_avx2
+def test_the_op_keeps_pytorchs_rules() -> None:
+    rows, _, x = random_rows(6, 1, 64)
+    assert suits(64, 6), "compiled"
+    torch.library.opcheck(torch.ops.ryzen_llm.packed_dot.default, (x, *rows))
+
+
+@needs_avx2
+def test_codes_that_do_not_fit_are_refused() -> None:
+    rows, _, x = random_rows(6, 1, 64)
+    assert suits(64, 6), "compiled"
+    with pytest.raises(RuntimeError, match="of 4 bits, which do not fit"):
+        packed_dot(x, rows.codes, rows.scale, 4)
+
+
+@pytest.mark.parametrize(("group", "bits"), [(16, 3), (32, 1), (8, 8), (72, 2)])
+def test_short_groups_do_not_suit(group: int, bits: int) -> None:
+    """Eight codes of a plane must lie in one stretch: 16 columns of 1 bit are 2 bytes."""
+    assert suits(group, bits) == (group == 8 and cpu_features().avx2)
+
+
+def test_without_a_compiler_it_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", fail)
+    monkeypatch.setattr(module, "_is_compiled", module._is_compiled.__wrapped__)
+    monkeypatch.setattr(module, "cpu_features", lambda: dataclasses.replace(cpu_features(), avx2=True))
+    with pytest.warns(UserWarning, match=r"packed_dot.cpp could not be compiled.*Ninja is required"):
+        assert not suits(64, 4)
