@@ -99,9 +99,13 @@ void by_planes(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& s
 }
 
 at::Tensor packed_dot(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, int64_t bits) {
-  TORCH_CHECK(bits >= 1 && bits <= 8 && codes.scalar_type() == at::kByte && codes.dim() == 3 && x.dim() == 1 &&
-                  x.numel() * bits == codes.size(1) * codes.size(2) * 8,
-              "packed_dot: x is ", x.sizes(), " and codes ", codes.sizes(), " of ", bits, " bits, which do not fit");
+  const bool shaped = codes.dim() == 3 && scale.dim() == 2 && x.dim() == 1 && codes.size(1) > 0 &&
+                      scale.size(0) == codes.size(0) && scale.size(1) == codes.size(1);
+  TORCH_CHECK(shaped && bits >= 1 && bits <= 8 && codes.scalar_type() == at::kByte &&
+                  x.numel() * bits == codes.size(1) * codes.size(2) * 8 &&
+                  x.numel() / codes.size(1) * (bits & -bits) / 8 % LANES == 0,
+              "packed_dot: x is ", x.sizes(), ", codes ", codes.sizes(), " and scale ", scale.sizes(), " of ", bits,
+              " bits, which do not fit");
   at::Tensor y = at::empty({codes.size(0)}, x.options().dtype(at::kFloat));
   const at::Tensor numbers = x.to(at::kFloat).contiguous();
   if (scale.scalar_type() == at::kBFloat16)

@@ -73,11 +73,19 @@ def test_the_op_keeps_pytorchs_rules() -> None:
 
 
 @needs_avx2
-def test_codes_that_do_not_fit_are_refused() -> None:
+def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
     rows, _, x = random_rows(6, 1, 64)
     assert suits(64, 6), "compiled"
-    with pytest.raises(RuntimeError, match="of 4 bits, which do not fit"):
-        packed_dot(x, rows.codes, rows.scale, 4)
+    short, _, short_x = random_rows(3, 2, 16)
+    for given in (
+        (x, rows.codes, rows.scale, 4),
+        (x[:-8], rows.codes, rows.scale, 6),
+        (x, rows.codes, rows.scale[1:], 6),
+        (x[:0], rows.codes[:, :0], rows.scale[:, :0], 6),
+        (short_x, *short),
+    ):
+        with pytest.raises(RuntimeError, match="which do not fit"):
+            packed_dot(*given)
 
 
 @pytest.mark.parametrize(("group", "bits"), [(16, 3), (32, 1), (8, 8), (72, 2)])
