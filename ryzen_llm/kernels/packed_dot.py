@@ -17,17 +17,21 @@ from ryzen_llm.kernels.hardware import cpu_features
 LANES = 8
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def suits(group: int, bits: int) -> bool:
     """Whether groups of so many columns can be multiplied here; compiles the C++ form in the first call."""
     narrowest = bits & -bits
-    return not group * narrowest // 8 % LANES and cpu_features().avx2 and _is_compiled()
+    return not group * narrowest // 8 % LANES and _is_there()
 
 
 def packed_dot(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """x (size,) times rows as in `PackedRows`, which `suits`: (rows,) fp32."""
     y: Tensor = torch.ops.ryzen_llm.packed_dot(x, codes, scale, bits)
     return y
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_there() -> bool:
+    return cpu_features().avx2 and _is_compiled()
 
 
 @functools.cache
