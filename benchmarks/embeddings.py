@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         calibration.append(torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"))))
     rows = torch.cat([in_rows(text[: options.calibration_tokens]) for text in calibration])
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    text = torch.cat([in_rows(text) for text in calibration])
+    text = torch.cat([in_rows(part) for part in calibration])
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     found |= {"benchmark": "embeddings", "model": Path(options.model).name}
     with console.status("calibrating"):
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
         found["speed"] = speed(compressor, options, console)
     if "heal" in options.parts:
         found["healed"] = healed(compressor, text, scored, options, console)
-    found["settings"] = settings_of(options)
+    found["settings"] = found.get("settings", {}) | dict.fromkeys(options.parts, settings_of(options))
     found["environment"] = describe_environment()
     write_json(options.out, found)
     console.print(f"written: {options.out}")

@@ -1,6 +1,6 @@
 """The product of one x with packed rows on a CPU, in C++ with AVX2: every code is read once, in registers.
 
-Inductor's loop makes floats of each plane's codes by themselves; this puts the planes together first, eight
+Inductor's loop makes floats of each plane's codes by themselves; this puts the planes together first, sixteen
 codes at a time. Sums are fp32.
 """
 

@@ -26,8 +26,8 @@ Tiers = list[list[int]]
 class QuantizedEmbedding(CompressedEmbedding):
     """Codes of 1 to 8 bits in tiers of rows, each group of columns with a scale of its own.
 
-    What is coded is a row's distance from the centre of its tier, a vector that is stored once: rows of rare
-    tokens have half of their energy in common.
+    What is coded is a row's distance from the centre of its tier, a vector that is stored once: of what rows
+    have in common, no bits are spent in each of them.
 
     It has two forms. To be trained, it holds `weight` and rounds it as it is used, with gradients straight
     through (Bengio et al. 2013, arXiv:1308.3432) and learned scales (as in LSQ, Esser et al. 2019,

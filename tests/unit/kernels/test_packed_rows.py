@@ -9,19 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_rows import random_rows
 
-from ryzen_llm.kernels import PackedRows, chunked_cross_entropy, pack, packed_linear, packed_lookup, unpack
-
-
-def random_rows(
-    bits: int, rows: int = 37, groups: int = 3, group: int = 16
-) -> tuple[PackedRows, torch.Tensor]:
-    """Packed rows, and their values by the formula in fp64."""
-    draw = torch.Generator().manual_seed(bits)
-    codes = torch.randint(2**bits, (rows, groups, group), generator=draw)
-    scale = torch.rand(rows, groups, generator=draw) + 0.5
-    values = (codes - (2**bits - 1) / 2) * scale.double()[..., None]
-    return PackedRows(pack(codes, bits), scale, bits), values.flatten(1)
+from ryzen_llm.kernels import chunked_cross_entropy, packed_linear, packed_lookup, unpack
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
