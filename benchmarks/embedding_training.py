@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from rich.console import Console
 from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
@@ -19,7 +20,7 @@ from benchmarks.side_by_side import settings_of
 from ryzen_llm.data import TextDataModule
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig
-from ryzen_llm.training import LanguageModule, OptimizerConfig
+from ryzen_llm.training import LanguageModule, OptimizerConfig, choose_precision
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "quantized, 3 bits": ("quantized", {"bits": 3}),
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--margin", type=float, default=0.01, help="of equivalence, relative")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedding_training.json"))
     options = parser.parse_args(arguments)
+    options.precision, _ = choose_precision(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if options.seeds < 6:
         raise InputError(f"--seeds is {options.seeds}, expected 6 or more, for an interval")
     warnings.filterwarnings("ignore")
@@ -115,7 +117,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> tuple[float, flo
         max_steps=options.steps,
         max_epochs=-1,
         limit_val_batches=options.validation_batches,
-        precision="bf16-mixed",
+        precision=options.precision,
         gradient_clip_val=1.0,
         logger=False,
         enable_checkpointing=False,
