@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--margin", type=float, default=0.01, help="of equivalence, relative")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedding_training.json"))
     options = parser.parse_args(arguments)
-    options.precision, _ = choose_precision(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options.precision, _ = choose_precision(None, device)
     if options.seeds < 6:
         raise InputError(f"--seeds is {options.seeds}, expected 6 or more, for an interval")
     warnings.filterwarnings("ignore")

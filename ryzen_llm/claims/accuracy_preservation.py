@@ -70,7 +70,8 @@ def _losses(context: ClaimContext, recipe: Literal["naive", "ours"]) -> list[flo
     )
     device = context.device
     with shared_compilations():
-        for batch in context.twin_batches:
+        for step, batch in enumerate(context.twin_batches):
+            model.embedding.at_step(step, steps)
             ids = batch.to(device)
             with torch.enable_grad():
                 with context.autocast() if optimised else torch.autocast(device.type, enabled=False):

@@ -23,11 +23,19 @@ from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
 from ryzen_llm.kernels.rotary import apply_rotary, rotary_table
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv
+from ryzen_llm.kernels.trellis_rows import (
+    MOST_TRELLIS_BITS,
+    TrellisRows,
+    can_encode,
+    trellis_bytes,
+    trellis_encode,
+)
 from ryzen_llm.kernels.workload import Workload
 
 __all__ = [
     "AUTOMATIC",
     "CANDIDATES",
+    "MOST_TRELLIS_BITS",
     "PLAIN",
     "CpuCaches",
     "CpuFeatures",
@@ -35,9 +43,11 @@ __all__ = [
     "PackedRows",
     "RopeScaling",
     "Stored",
+    "TrellisRows",
     "Workload",
     "apply_rotary",
     "cached_attention",
+    "can_encode",
     "causal_attention",
     "chunked_cross_entropy",
     "cpu_caches",
@@ -57,6 +67,8 @@ __all__ = [
     "shared_compilations",
     "supports_bf16",
     "swiglu",
+    "trellis_bytes",
+    "trellis_encode",
     "unpack",
     "visible",
 ]

@@ -7,8 +7,11 @@ A row of `size` columns is cut into groups, and
 a symmetric grid without zero. The bits of a code lie in planes of 8, 4, 2 or 1 bit (6 = 4 + 2, 3 = 2 + 1).
 In a plane of w bits, byte j of a group holds column j in its lowest bits, then column j + group * w / 8, and
 so on, so that unpacking needs shifts and masks only, and columns that are next to each other stay so.
+
+`packed_lookup` and `packed_linear` take rows in trellis codes too (`trellis_rows.py`).
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ryzen_llm.kernels.packed_dot import packed_dot, suits
+from ryzen_llm.kernels.trellis_rows import TrellisRows, has_fast_values, trellis_dot, unpack_trellis
 
 TILE_ROWS = 2048
 """Rows that are unpacked at once for a matrix product: in bf16 they stay in a CPU's L2 cache."""
@@ -31,6 +35,9 @@ class PackedRows(NamedTuple):
     codes: Tensor
     scale: Tensor
     bits: int
+
+
+Rows = PackedRows | TrellisRows
 
 
 def planes_of(bits: int) -> tuple[tuple[int, int], ...]:
@@ -65,8 +72,10 @@ def _parts(codes: Tensor, bits: int) -> list[list[Tensor]]:
     return planes
 
 
-def unpack(rows: PackedRows) -> Tensor:
+def unpack(rows: Rows) -> Tensor:
     """The values, (rows, groups * group), in the dtype of the scale."""
+    if isinstance(rows, TrellisRows):
+        return unpack_trellis(rows)
     values = torch.zeros((), dtype=rows.scale.dtype, device=rows.codes.device)
     for (_, shift), parts in zip(planes_of(rows.bits), _parts(rows.codes, rows.bits), strict=True):
         values = values + torch.cat(parts, -1).to(rows.scale.dtype) * 2**shift
@@ -74,38 +83,44 @@ def unpack(rows: PackedRows) -> Tensor:
     return (centred * rows.scale[..., None]).flatten(1)
 
 
-def packed_lookup(indices: Tensor, rows: PackedRows) -> Tensor:
+def packed_lookup(indices: Tensor, rows: Rows) -> Tensor:
     """The values of the rows at `indices` (n,) int64, as (n, size) in the dtype of the scale."""
-    if rows.codes.is_cuda and not torch.compiler.is_compiling() and (kernels := _triton()) is not None:
+    if rows.codes.is_cuda and not torch.compiler.is_compiling() and (kernels := _triton(rows)) is not None:
         return torch.as_tensor(kernels.lookup(indices, *rows))
-    return unpack(PackedRows(rows.codes[indices], rows.scale[indices], rows.bits))
+    return unpack(rows._replace(codes=rows.codes[indices], scale=rows.scale[indices]))
 
 
-def packed_linear(x: Tensor, rows: PackedRows) -> Tensor:
+def packed_linear(x: Tensor, rows: Rows) -> Tensor:
     """x (n, size) times the rows, as (n, rows) in x's dtype; its gradient goes to `x` only.
 
-    One x in a compiled decoding step is multiplied straight from the codes, by `packed_dot` or a loop that
-    Inductor makes; several, and on a CPU without the compiler, tile by tile of `TILE_ROWS` rows. On CUDA a
-    Triton kernel unpacks in registers.
+    One x in a compiled decoding step is multiplied straight from the codes, by `packed_dot`, `trellis_dot` or
+    a loop that Inductor makes; several, and on a CPU without the compiler, tile by tile of `TILE_ROWS` rows.
+    On CUDA a Triton kernel unpacks in registers.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        product: Tensor = _PackedLinear.apply(x, *rows)  # type: ignore[no-untyped-call]
+        product: Tensor = _PackedLinear.apply(x, *rows, type(rows))  # type: ignore[no-untyped-call]
         return product
     return _multiply(x, rows)
 
 
-def _multiply(x: Tensor, rows: PackedRows) -> Tensor:
-    if x.is_cuda and not torch.compiler.is_compiling() and x.shape[0] <= MOST_KERNEL_ROWS:
-        if (kernels := _triton()) is not None:
+def _multiply(x: Tensor, rows: Rows) -> Tensor:
+    compiling = torch.compiler.is_compiling()
+    if x.is_cuda and not compiling and x.shape[0] <= MOST_KERNEL_ROWS:
+        if (kernels := _triton(rows)) is not None:
             return torch.as_tensor(kernels.linear(x, *rows))
-    elif x.shape[0] == 1 and torch.compiler.is_compiling():
-        if x.device.type == "cpu" and suits(x.shape[1] // rows.codes.shape[1], rows.bits):
+    elif x.shape[0] == 1 and compiling:
+        on_cpu = x.device.type == "cpu"
+        if isinstance(rows, TrellisRows):
+            if on_cpu and has_fast_values():
+                return trellis_dot(x[0], rows).to(x.dtype)[None]
+        elif on_cpu and suits(x.shape[1] // rows.codes.shape[1], rows.bits):
             return packed_dot(x[0], *rows).to(x.dtype)[None]
-        return _dot(x[0], rows).to(x.dtype)[None]
+        else:
+            return _dot(x[0], rows).to(x.dtype)[None]
     return multiply_by_tiles(x, rows)
 
 
-def multiply_by_tiles(x: Tensor, rows: PackedRows) -> Tensor:
+def multiply_by_tiles(x: Tensor, rows: Rows) -> Tensor:
     """`packed_linear` for many x's, for which unpacking is little work beside the products."""
     out = x.new_empty(x.shape[0], len(rows.codes))
     for start, tile in _tiles(rows):
@@ -128,41 +143,39 @@ def _dot(x: Tensor, rows: PackedRows) -> Tensor:
     return dots.sum(-1)
 
 
-def _tiles(rows: PackedRows) -> Iterator[tuple[int, Tensor]]:
+def _tiles(rows: Rows) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(rows.codes), TILE_ROWS):
         part = slice(start, start + TILE_ROWS)
-        yield start, unpack(PackedRows(rows.codes[part], rows.scale[part], rows.bits))
+        yield start, unpack(rows._replace(codes=rows.codes[part], scale=rows.scale[part]))
 
 
 class _PackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, bits: int, kind: type[Rows]) -> Tensor:
         ctx.save_for_backward(codes, scale)
-        ctx.bits = bits
-        return _multiply(x, PackedRows(codes, scale, bits))
+        ctx.bits, ctx.kind = bits, kind
+        return _multiply(x, kind(codes, scale, bits))
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = upstream
-        codes, scale = ctx.saved_tensors
-        rows = PackedRows(codes, scale, ctx.bits)
         dx = torch.zeros((), device=gradient.device)
-        for start, tile in _tiles(rows):
+        for start, tile in _tiles(ctx.kind(*ctx.saved_tensors, ctx.bits)):
             part = gradient[:, start : start + TILE_ROWS]
             dx = dx + (part @ tile.to(part.dtype)).float()
-        return dx.to(gradient.dtype), None, None, None
+        return dx.to(gradient.dtype), None, None, None, None
 
 
-_triton_module: list[Any] = []
+@functools.cache
+def _modules() -> tuple[Any, Any] | None:
+    """The modules of the Triton kernels, of packed and of trellis rows; None where Triton does not exist."""
+    try:
+        from ryzen_llm.kernels import packed_rows_triton, trellis_rows_triton
+    except ImportError:  # Triton is there on Linux only
+        return None
+    return packed_rows_triton, trellis_rows_triton
 
 
-def _triton() -> Any:
-    """The module of the Triton kernels; None where Triton does not exist."""
-    if not _triton_module:
-        try:
-            from ryzen_llm.kernels import packed_rows_triton
-
-            _triton_module.append(packed_rows_triton)
-        except ImportError:  # Triton is there on Linux only
-            _triton_module.append(None)
-    return _triton_module[0]
+def _triton(rows: Rows) -> Any:
+    modules = _modules()
+    return None if modules is None else modules[isinstance(rows, TrellisRows)]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import can_encode
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import (
+    CODES,
     Calibration,
     CompressedEmbedding,
     Embedding,
@@ -95,8 +97,15 @@ class EmbeddingCompressor:
         vocab_size, hidden_size = self.weight.shape
         available = int(2 * self.weight.numel() / ratio)
         found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
-        tiers = allocate_bits(self.weight, self.calibration, available)
-        found.append((QuantizedEmbedding, {"bits": tiers}))
+        refused: list[InputError] = []
+        for code in CODES if can_encode() else CODES[1:]:
+            try:
+                tiers = allocate_bits(self.weight, self.calibration, available, code)
+                found.append((QuantizedEmbedding, {"bits": tiers, "code": code}))
+            except InputError as error:
+                refused.append(error)
+        if not found:
+            raise refused[-1]
         # Beside a row's codes there is its scale, and beside all rows their centre and the rotation's signs.
         bits = int(((available - 3 * hidden_size) / vocab_size - 2) * 8 / hidden_size)
         if 1 <= bits <= 8:
@@ -137,7 +146,8 @@ class EmbeddingCompressor:
                 continue
             found = self._measure(self.compress(kind, **settings))
             if found[1].quality.perplexity_increase <= perplexity_increase:
-                low, best = middle, found
+                low = middle
+                best = found if best is None or found[1].ratio > best[1].ratio else best
             elif step == 0:
                 raise InputError(
                     f"perplexity_increase is {perplexity_increase}, but at {found[1].ratio:.2f}x it is "
@@ -153,8 +163,8 @@ class EmbeddingCompressor:
         return with_embedding(self.model, copy.deepcopy(embedding))
 
     def trainable(self, candidate: Candidate) -> Embedding:
-        """The candidate in the form to be trained, for `heal`. Raises InputError for one that is not."""
-        settings = {k: v for k, v in candidate.settings.items() if k not in ("packed", "reordered")}
+        """The candidate in the form to be trained, for `heal`; on grids, where it is in trellis codes."""
+        settings = {k: v for k, v in candidate.settings.items() if k not in ("packed", "reordered", "code")}
         if candidate.kind == QuantizedEmbedding.kind:
             return QuantizedEmbedding.trainable_from_dense(self.weight, self.calibration, **settings)
         kind = {k.kind: k for k in (FactorizedEmbedding, ProductEmbedding)}[candidate.kind]

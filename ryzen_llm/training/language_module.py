@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -69,6 +70,12 @@ class LanguageModule(ScheduledModule):
     def tokens_in_batch(self, batch: Tensor) -> int:
         """Target tokens of a batch; there is no padding. `TrainingMetricsCollector` counts with it."""
         return batch[:, 1:].numel()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Tell the embedding how far training is, where it is known how far it goes and it is not sharded."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isfinite(steps) and self.device_mesh is None:
+            self.model.embedding.at_step(self.trainer.global_step, int(steps))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean cross-entropy of the batch, in nats per token, fp32."""

@@ -10,7 +10,8 @@ from ryzen_llm.model.embedding.dense import DenseEmbedding
 from ryzen_llm.model.embedding.factorized import FactorizedEmbedding
 from ryzen_llm.model.embedding.hashed import HashedEmbedding
 from ryzen_llm.model.embedding.product import ProductEmbedding
-from ryzen_llm.model.embedding.quantized import QuantizedEmbedding, allocate_bits
+from ryzen_llm.model.embedding.quantized import CODES, QuantizedEmbedding
+from ryzen_llm.model.embedding.tiers import allocate_bits
 
 EMBEDDINGS: dict[str, type[Embedding]] = {
     kind.kind: kind
@@ -38,6 +39,7 @@ def build_embedding(config: ModelConfig) -> Embedding:
 
 
 __all__ = [
+    "CODES",
     "EMBEDDINGS",
     "Calibration",
     "CompressedEmbedding",

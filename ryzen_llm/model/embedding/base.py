@@ -51,6 +51,12 @@ class Embedding(nn.Module, ABC):
         )
         return found
 
+    def at_step(self, step: int, steps: int) -> None:
+        """For a training loop to call before each optimizer step, of which this is one of `steps`, from 0.
+
+        Some kinds are trained otherwise first, which this tells them; without it, they never are.
+        """
+
     def compressed(self) -> Embedding:
         """The form to keep and to decode with: a smaller one where training needs more, else this one."""
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from typing import Any, Self
@@ -11,16 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import PackedRows, linear_cross_entropy, pack, packed_linear, packed_lookup
+from ryzen_llm.kernels import (
+    PackedRows,
+    TrellisRows,
+    linear_cross_entropy,
+    pack,
+    packed_linear,
+    packed_lookup,
+    trellis_bytes,
+)
 from ryzen_llm.model.embedding.base import CompressedEmbedding, Embedding, LinearLoss, check_dense, require
 from ryzen_llm.model.embedding.calibration import Calibration
-from ryzen_llm.model.embedding.error_feedback import gaussian_scale, quantise_rows, to_codes
+from ryzen_llm.model.embedding.error_feedback import (
+    gaussian_scale,
+    quantise_in_trellis,
+    quantise_rows,
+    to_codes,
+)
 from ryzen_llm.model.embedding.rotation import rotate, rotate_back
+from ryzen_llm.model.embedding.tiers import Tiers, check_tiers, in_trellis, sensitivity
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-"""Bits of a tier. Not 1: a row of 1 bit is off by a third of its variance, and rare tokens do occur."""
-Tiers = list[list[int]]
-"""[rows, bits] of each tier, first the rows that matter most."""
+CODES = ("trellis", "grid")
+"""From the one with the smaller error to the one that can be trained."""
+ROUNDED_FROM = 0.7
+"""Share of a training's steps after which `weight` is rounded. (3 bits from the first step on cost four times
+as much: `benchmarks/embedding_training.py`.)"""
 
 
 class QuantizedEmbedding(CompressedEmbedding):
@@ -31,8 +47,11 @@ class QuantizedEmbedding(CompressedEmbedding):
 
     It has two forms. To be trained, it holds `weight` and rounds it as it is used, with gradients straight
     through (Bengio et al. 2013, arXiv:1308.3432) and learned scales (as in LSQ, Esser et al. 2019,
-    arXiv:1902.08153). `compressed()` and `from_dense` give the packed form, in which nothing dense is left
-    and nothing is trained: see `ryzen_llm.kernels.packed_rows`. Both live in a rotated basis.
+    arXiv:1902.08153); in a training that calls `at_step`, in the last part of it only. `compressed()` and
+    `from_dense` give the packed form, in which nothing dense is left and nothing is trained: see
+    `ryzen_llm.kernels.packed_rows`. Both live in a rotated basis. Tiers of few bits can be in trellis codes,
+    which have about half of the grids' error (`ryzen_llm.kernels.trellis_rows`): these are made from a dense
+    matrix, and not trained.
 
     Args:
         vocab_size: Number of token ids.
@@ -40,6 +59,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         bits: 1 to 8 for all rows, or a list of [rows, bits], which add up to vocab_size.
         group_size: Columns that share a scale; 0 stands for the whole row. Without rotation, 32 or 64.
         rotate: Spread each row's columns over all others first, so that one scale suits them all.
+        code: "grid", or "trellis" for the tiers of 1 to 4 bits; then group_size is 0.
         reordered: Whether the rows are in another order than that of the ids.
         packed: Build the packed form, to load one.
     """
@@ -56,6 +76,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         bits: int | Tiers = 4,
         group_size: int = 0,
         rotate: bool = True,
+        code: str = "grid",
         reordered: bool = False,
         packed: bool = False,
     ) -> None:
@@ -67,10 +88,19 @@ class QuantizedEmbedding(CompressedEmbedding):
                 f"embedding_settings.group_size is {group_size}, expected a divisor of hidden_size = "
                 f"{hidden_size} and a multiple of 8"
             )
+        if code not in CODES:
+            raise InputError(f"embedding_settings.code is {code!r}, expected {' or '.join(CODES)}")
+        if code == "trellis" and (self.group != hidden_size or not packed):
+            raise InputError(
+                "embedding_settings.code is 'trellis', expected grid: trellis codes are made from a trained "
+                "embedding, with group_size 0"
+            )
+        self.code = code
         self.settings = {
             "bits": self.tiers,
             "group_size": group_size,
             "rotate": rotate,
+            "code": code,
             "reordered": reordered,
             "packed": packed,
         }
@@ -79,58 +109,78 @@ class QuantizedEmbedding(CompressedEmbedding):
         self.register_buffer("signs", signs if rotate else None)
         index = torch.uint16 if vocab_size <= 2**16 else torch.int32
         self.register_buffer("position", torch.arange(vocab_size).to(index) if reordered else None)
+        self._rounds = True
         self.weight: nn.Parameter | None = None
         self.log_scale: nn.Parameter | None = None
         groups = hidden_size // self.group
         self.centre = nn.Parameter(torch.zeros(len(self.tiers), hidden_size), requires_grad=not packed)
         if packed:
             for i, (rows, bits) in enumerate(self.tiers):
-                codes = torch.zeros(rows, groups, self.group * bits // 8, dtype=torch.uint8)
-                self.register_buffer(f"codes_{i}", codes)
+                shape: tuple[int, ...] = (rows, groups, self.group * bits // 8)
+                if in_trellis(code, bits):
+                    shape = (rows, trellis_bytes(hidden_size, bits))
+                self.register_buffer(f"codes_{i}", torch.zeros(shape, dtype=torch.uint8))
                 # A parameter, so that it follows the model's floating dtype.
                 scale = nn.Parameter(torch.ones(rows, groups), requires_grad=False)
                 self.register_parameter(f"scale_{i}", scale)
             return
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
-        with torch.no_grad():
-            scales = [
-                gaussian_scale(self.weight[start:stop], b, self.group) for start, stop, b in self._spans
-            ]
-        self.log_scale = nn.Parameter(torch.cat(scales).log().flatten())
+        self.log_scale = nn.Parameter(self._gaussian_scales())
+        self.register_state_dict_pre_hook(_fit_scales)  # type: ignore[no-untyped-call]
 
     @classmethod
+    @torch.no_grad()
     def from_dense(cls, weight: Tensor, calibration: Calibration, **settings: Any) -> Self:
         """See `CompressedEmbedding.from_dense`. The rows are put into tiers by what their errors cost."""
-        return cls.trainable_from_dense(weight, calibration, **settings)._packed()
+        made, weight, hessian = cls._prepared(weight, calibration, {**settings, "packed": True})
+        for i, (start, stop, bits) in enumerate(made._spans):
+            rows = weight[start:stop] - made.centre[i]
+            if in_trellis(made.code, bits):
+                codes, scale = quantise_in_trellis(rows, hessian, bits)
+            else:
+                values, scale = quantise_rows(rows, hessian, bits, made.group)
+                codes = pack(to_codes(values, scale, bits), bits)
+            made._set_tier(i, codes, scale)
+        return made
 
     @classmethod
     @torch.no_grad()
     def trainable_from_dense(cls, weight: Tensor, calibration: Calibration, **settings: Any) -> Self:
-        """`from_dense` in the form to be trained, to heal it. It computes the same as the packed one."""
-        check_dense(weight, calibration)
-        several = isinstance(settings.get("bits"), list) and len(settings["bits"]) > 1
-        made = cls(*weight.shape, **settings | {"reordered": several, "packed": False})
+        """`from_dense` in the form to be trained, to heal it. It computes the same as the packed one, whose
+        codes must be on grids.
+        """
+        made, weight, hessian = cls._prepared(weight, calibration, {**settings, "packed": False})
         assert made.weight is not None
         assert made.log_scale is not None
-        weight, hessian = weight.float(), calibration.hessian
-        if made.signs is not None:
-            signs = made.signs.float()
-            weight, hessian = rotate(weight, signs), rotate(rotate(hessian, signs).T, signs).T
-        if several:
-            order = sensitivity(weight, calibration).argsort(descending=True)
-            assert made.position is not None
-            made.position.copy_(order.argsort())
-            weight = weight[order]
         scales = []
         for i, (start, stop, bits) in enumerate(made._spans):
-            rows = weight[start:stop]
-            made.centre[i] = rows.mean(0).bfloat16()  # as it will be stored
-            values, scale = quantise_rows(rows - made.centre[i], hessian, bits, made.group)
+            values, scale = quantise_rows(weight[start:stop] - made.centre[i], hessian, bits, made.group)
             made.weight[start:stop] = values
             scales.append(scale)
         made.log_scale.copy_(torch.cat(scales).log().flatten())
         return made
+
+    @classmethod
+    def _prepared(
+        cls, weight: Tensor, calibration: Calibration, settings: dict[str, Any]
+    ) -> tuple[Self, Tensor, Tensor]:
+        """One with centres and order, but no codes yet; `weight` in its basis and order, and the Hessian."""
+        check_dense(weight, calibration)
+        several = isinstance(settings.get("bits"), list) and len(settings["bits"]) > 1
+        made = cls(*weight.shape, **settings | {"reordered": several})
+        rotated, hessian = weight.float(), calibration.hessian
+        if made.signs is not None:
+            signs = made.signs.float()
+            rotated, hessian = rotate(rotated, signs), rotate(rotate(hessian, signs).T, signs).T
+        if several:
+            order = sensitivity(weight, calibration).argsort(descending=True)
+            assert made.position is not None
+            made.position.copy_(order.argsort())
+            rotated = rotated[order]
+        for i, (start, stop, _) in enumerate(made._spans):
+            made.centre[i] = rotated[start:stop].mean(0).bfloat16()  # as it will be stored
+        return made, rotated, hessian
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """See `Embedding.lookup`."""
@@ -175,9 +225,42 @@ class QuantizedEmbedding(CompressedEmbedding):
             targets = torch.where(targets < 0, targets, self.position[targets.clamp(min=0)].long())
         return loss(self._rotated(hidden_states), self._rounded(), targets)
 
+    @torch.no_grad()
+    def at_step(self, step: int, steps: int) -> None:
+        """See `Embedding.at_step`: rounding begins with grids that fit the weight as it is by then."""
+        begin = math.ceil(ROUNDED_FROM * steps)
+        self._rounds = step >= begin
+        if step == begin and self.weight is not None and self.log_scale is not None:
+            self._begin_rounding()
+
     def compressed(self) -> Embedding:
         """See `Embedding.compressed`: the packed form."""
-        return super().compressed() if self.weight is None else self._packed()
+        if self.weight is None:
+            return super().compressed()
+        if self._rounds:
+            return self._packed()
+        rounded = copy.deepcopy(self)
+        rounded._begin_rounding()
+        return rounded._packed()
+
+    @torch.no_grad()
+    def _begin_rounding(self) -> None:
+        """Put centres and scales where the weight is. Another time, it changes nothing."""
+        assert self.weight is not None
+        assert self.log_scale is not None
+        for i, (start, stop, _) in enumerate(self._spans):
+            rows = self.weight[start:stop] + self.centre[i]
+            self.centre[i] = rows.mean(0)
+            self.weight[start:stop] = rows - self.centre[i]
+        self.log_scale.copy_(self._gaussian_scales())
+
+    @torch.no_grad()
+    def _gaussian_scales(self) -> Tensor:
+        """The logarithm of each row's and group's scale, as `log_scale`."""
+        assert self.weight is not None
+        spans = self._spans
+        scales = [gaussian_scale(self.weight[start:stop], b, self.group) for start, stop, b in spans]
+        return torch.cat(scales).log().flatten()
 
     @property
     def _spans(self) -> list[tuple[int, int, int]]:
@@ -185,9 +268,14 @@ class QuantizedEmbedding(CompressedEmbedding):
         stops = list(itertools.accumulate(rows for rows, _ in self.tiers))
         return [(stop - rows, stop, bits) for stop, (rows, bits) in zip(stops, self.tiers, strict=True)]
 
-    def _rows(self, tier: int) -> PackedRows:
-        codes, scale = self.get_buffer(f"codes_{tier}"), self.get_parameter(f"scale_{tier}")
-        return PackedRows(codes, scale, self.tiers[tier][1])
+    def _rows(self, tier: int) -> PackedRows | TrellisRows:
+        bits = self.tiers[tier][1]
+        kind = TrellisRows if in_trellis(self.code, bits) else PackedRows
+        return kind(self.get_buffer(f"codes_{tier}"), self.get_parameter(f"scale_{tier}"), bits)
+
+    def _set_tier(self, tier: int, codes: Tensor, scale: Tensor) -> None:
+        self.get_buffer(f"codes_{tier}").copy_(codes)
+        self.get_parameter(f"scale_{tier}").copy_(scale)
 
     def _rotated(self, hidden_states: Tensor) -> Tensor:
         if self.signs is None:
@@ -217,7 +305,9 @@ class QuantizedEmbedding(CompressedEmbedding):
         scale = (scale + (scale.bfloat16() - scale).detach())[..., None]
         places = torch.clamp(torch.unflatten(weight, -1, (-1, self.group)) / scale + most / 2, most * 0, most)
         places = places + (places.round() - places).detach()
-        return ((places - most / 2) * scale).flatten(-2) + centre
+        rounded = ((places - most / 2) * scale).flatten(-2) + centre
+        # Centres and scales take part, as a distributed training expects of every parameter.
+        return rounded if self._rounds else weight + centre.detach() + 0.0 * rounded
 
     @torch.no_grad()
     def _packed(self) -> Self:
@@ -230,74 +320,13 @@ class QuantizedEmbedding(CompressedEmbedding):
         scales = self.log_scale.exp().view(self.vocab_size, -1).bfloat16().float()
         for i, (start, stop, bits) in enumerate(self._spans):
             codes = to_codes(self.weight[start:stop].float(), scales[start:stop], bits)
-            made.get_buffer(f"codes_{i}").copy_(pack(codes, bits))
-            made.get_parameter(f"scale_{i}").copy_(scales[start:stop])
+            made._set_tier(i, pack(codes, bits), scales[start:stop])
         return made.to(self.weight.device)
 
 
-def check_tiers(bits: int | Tiers, vocab_size: int) -> Tiers:
-    """`bits` as tiers that cover the vocabulary. Raises InputError where they cannot."""
-    if isinstance(bits, int):
-        return [[vocab_size, require("bits", bits, 1, 8)]]
-    fits = isinstance(bits, list) and all(isinstance(tier, list | tuple) and len(tier) == 2 for tier in bits)
-    if not fits or not bits:
-        raise InputError(f"embedding_settings.bits is {bits!r}, expected 1 to 8, or a list of [rows, bits]")
-    tiers = [[require("bits", n, 1, vocab_size), require("bits", b, 1, 8)] for n, b in bits]
-    if sum(n for n, _ in tiers) != vocab_size:
-        raise InputError(
-            f"embedding_settings.bits has {sum(n for n, _ in tiers)} rows, expected vocab_size = {vocab_size}"
-        )
-    return tiers
-
-
-def sensitivity(weight: Tensor, calibration: Calibration) -> Tensor:
-    """What a row's quantisation error costs, up to a factor that all rows share: (vocab_size,).
-
-    The error is proportional to what is coded, the distance from the centre. Which tier's is not known yet;
-    the tiers with few bits, which count, have most of the rows, and so about the centre of all.
-    """
-    weight = weight.float()
-    return calibration.frequencies * (weight - weight.mean(0)).square().mean(-1)
-
-
-def allocate_bits(
-    weight: Tensor,
-    calibration: Calibration,
-    bytes_available: int,
-    widths: tuple[int, ...] = WIDTHS,
-) -> Tiers:
-    """Tiers of whole rows for `QuantizedEmbedding.from_dense` that fit into `bytes_available`.
-
-    A bit more quarters a row's error; so each row gets the bits at which its next one is worth the same to
-    all (Shannon's reverse water-filling). Raises InputError where even the fewest bits do not fit.
-    """
-    vocab_size, hidden_size = weight.shape
-    costs = sensitivity(weight, calibration).double().sort(descending=True).values
-    # The squared error of the Gaussian grids is about step² / 12, and larger where clipping counts.
-    factors = torch.tensor([_ERRORS[b] for b in widths], dtype=torch.float64)
-    sizes = torch.tensor([b * hidden_size / 8 + 2 + 2 for b in widths], dtype=torch.float64)
-
-    def size(chosen: Tensor) -> int:
-        # With the signs of the rotation and each tier's centre.
-        return int(sizes[chosen].sum()) + hidden_size * (1 + 2 * len(torch.unique(chosen)))
-
-    low, high = -80.0, 20.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        chosen = (costs[:, None] * factors + math.exp(middle) * sizes).argmin(-1)
-        if size(chosen) > bytes_available:
-            low = middle
-        else:
-            high = middle
-    chosen = (costs[:, None] * factors + math.exp(high) * sizes).argmin(-1)
-    if size(chosen) > bytes_available:
-        raise InputError(
-            f"{bytes_available} bytes are too few for {vocab_size} rows of {hidden_size}: expected at least "
-            f"{size(chosen)}"
-        )
-    counts = [(int((chosen == i).sum()), bits) for i, bits in enumerate(widths)]
-    return [[rows, bits] for rows, bits in reversed(counts) if rows]
-
-
-_ERRORS = {1: 0.3634, 2: 0.1188, 3: 0.0374, 4: 0.01154, 5: 0.00349, 6: 0.00104, 7: 0.000304, 8: 0.0000877}
-"""Squared error of the grids in `GAUSSIAN_STEPS`, in variances (Max 1960)."""
+def _fit_scales(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """What is saved before rounding has begun can be rounded, too, by whoever loads it."""
+    assert isinstance(module, QuantizedEmbedding)
+    if not module._rounds and module.log_scale is not None:
+        with torch.no_grad():
+            module.log_scale.copy_(module._gaussian_scales())

@@ -70,15 +70,23 @@ def test_chunked_cross_entropy_has_the_loss_and_gradients_of_all_logits_at_once(
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is there on Linux only")
 
 
-@needs_triton
-def test_the_kernels_in_the_interpreter() -> None:
+def run_interpreted(settings: dict[str, str]) -> None:
     """In a process of its own, since Triton decides when it is imported whether it interprets."""
     path = Path(__file__).with_name("interpreted_packed_rows.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which the interpreter is not for")
+def test_the_kernels_in_the_interpreter() -> None:
+    run_interpreted({"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.gpu
+def test_the_kernels_on_a_gpu() -> None:
+    run_interpreted({})
 
 
 @needs_triton
