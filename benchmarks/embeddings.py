@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="more text to calibrate on")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.45, 3.6, 4.5, 6.1])
-    parser.add_argument("--calibration-tokens", type=int, default=12288, help="of each text")
+    parser.add_argument("--calibration-tokens", type=int, default=49152, help="of each text")
     parser.add_argument("--context", type=int, default=1024, help="tokens a window of scored text")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--heal-ratio", type=float, default=6.1)

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     budget.add_argument("--ratio", type=float, help="dense bf16 bytes over compressed bytes")
     budget.add_argument("--perplexity-increase", type=float, help="relative, at most; 0.01 is 1%%")
     parser.add_argument("--text", default="stdlib", help="text to calibrate on, like what the model is for")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the text, to calibrate on")
+    parser.add_argument("--tokens", type=int, default=32768, help="of the text, to calibrate on")
     parser.add_argument("--context", type=int, default=512, help="tokens a row")
     parser.add_argument("--heal-steps", type=int, default=0, help="steps of the healing pass (default: none)")
     options = parser.parse_args(arguments)

@@ -34,7 +34,7 @@ inline float value_of(uint32_t state) {
 
 // ---- Making codes: the M-algorithm, in which every path feeds its own errors back. ----
 
-constexpr int PATHS = 64;
+constexpr int PATHS = 128;
 constexpr int BLOCK = 32;          // columns that are decided on together, a block after they were read
 constexpr int WINDOW = 2 * BLOCK;  // columns in which paths may still differ
 constexpr int SLOTS = 4 * PATHS;   // of the hash table

@@ -7,12 +7,12 @@ new, are the state, and a column's value is a fixed, noise-like function of it, 
     value = (the sum of mixed's four bytes - 510) / 147.8 * scale[row]
 
 ("1MAD" of QTIP, Tseng et al. 2024, arXiv:2406.11235). So a code is chosen for what it allows after it, and
-2 bits a column come within 0.08 of a normal number's variance, where the best grid is at 0.119 and the bound
+2 bits a column are off by 0.078 of a normal number's variance, where the best grid is at 0.119 and the bound
 (Shannon's) at 0.0625. A row is the first state's 16 bits and then the codes, the lowest bits first:
 
     state[j] = bits bits * (j + 1) to bits * (j + 1) + 15 of the row.
 
-Codes are found by the M-algorithm (Jelinek & Anderson 1971): the 64 best beginnings of the row are kept from
+Codes are found by the M-algorithm (Jelinek & Anderson 1971): the 128 best beginnings of the row are kept from
 column to column.
 """
 

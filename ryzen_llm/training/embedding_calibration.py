@@ -16,9 +16,12 @@ from ryzen_llm.model.embedding import Calibration, Embedding
 
 FEWEST_TOKENS = 16
 _ROWS = 4
-_FLATTEN = 0.75
-"""Power of the counted frequencies: a short text overstates how uneven they are on the next one. (On SmolLM2,
-the expected loss on held-out text is least between 0.7 and 0.8.)"""
+_OCCURRING = 0.35
+"""Weight of how often tokens occur; the rest is of how often they are predicted, of which a text says more: it
+has predictions of tokens that do not occur in it."""
+_FLATTEN = 0.85
+"""Power of the frequencies: a short text overstates how uneven they are on the next one. (Both are where the
+expected loss of SmolLM2 on held-out text is least, calibrated on 9216 and on 36864 tokens.)"""
 
 
 def check_text(input_ids: Tensor, vocab_size: int, name: str) -> None:
@@ -83,7 +86,8 @@ def calibrate(
         lookup += upstream.T @ upstream
     tokens = input_ids.numel()
     occurring = torch.bincount(counted.to(device), minlength=config.vocab_size) / len(counted)
-    frequencies = ((occurring + predicted / tokens) / 2 + 1e-10) ** _FLATTEN
+    mixed = _OCCURRING * occurring + (1 - _OCCURRING) * predicted / tokens
+    frequencies = (mixed + 1e-10) ** _FLATTEN
     return Calibration(
         frequencies=(frequencies / frequencies.sum()).cpu(),
         head_hessian=(head / predicted.sum()).cpu(),
