@@ -1,4 +1,4 @@
-"""What training with a compressed embedding costs: validation loss beside a dense twin, seed by seed."""
+"""What a compressed embedding costs in a model trained from scratch: validation loss beside a dense twin."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,23 @@ from benchmarks.side_by_side import settings_of
 from ryzen_llm.data import TextDataModule
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig
-from ryzen_llm.training import LanguageModule, OptimizerConfig, choose_precision
+from ryzen_llm.model.embedding import Embedding, QuantizedEmbedding, allocate_bits
+from ryzen_llm.training import (
+    LanguageModule,
+    OptimizerConfig,
+    calibrate,
+    choose_precision,
+    with_embedding,
+)
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quantized, 6 to 3 bits": ("quantized", {"bits": [[512, 6], [1024, 4], [2560, 3]]}),
     "quantized, 3 bits": ("quantized", {"bits": 3}),
     "factorized, rank 48": ("factorized", {"rank": 48}),
     "product": ("product", {"width": 4, "entries": 256}),
     "hashed": ("hashed", {"buckets": 1008}),
 }
+CALIBRATION_BATCHES = 16
 
 
 def main(arguments: list[str]) -> None:
@@ -40,7 +50,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS)[:1])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS)[:1])
+    parser.add_argument(
+        "--ratios", type=float, nargs="*", default=[4, 6], help="to which the dense twin is compressed, too"
+    )
     parser.add_argument("--validation-batches", type=int, default=32)
     parser.add_argument("--margin", type=float, default=0.01, help="of equivalence, relative")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedding_training.json"))
@@ -55,11 +68,12 @@ def main(arguments: list[str]) -> None:
     losses: dict[str, list[float]] = {"dense": []}
     ratios: dict[str, float] = {}
     for seed in range(options.seeds):
-        for name in ("dense", *options.kinds):
-            with console.status(f"seed {seed}: {name}"):
-                loss, ratios[name] = train(name, seed, options)
-            losses.setdefault(name, []).append(loss)
-            console.print(f"seed {seed}, {name}: validation loss {loss:.4f} at {ratios[name]:.2f}x")
+        for kind in ("dense", *options.kinds):
+            with console.status(f"seed {seed}: {kind}"):
+                found = train(kind, seed, options)
+            for name, (loss, ratios[name]) in found.items():
+                losses.setdefault(name, []).append(loss)
+                console.print(f"seed {seed}, {name}: validation loss {loss:.4f} at {ratios[name]:.2f}x")
     table = Table(title=f"{options.steps} steps of {options.batch} x {options.context} tokens")
     for heading in (
         "embedding",
@@ -70,13 +84,13 @@ def main(arguments: list[str]) -> None:
     ):
         table.add_column(heading, justify="right")
     rows: list[dict[str, Any]] = []
-    for name, found in losses.items():
-        row: dict[str, Any] = {"name": name, "ratio": ratios[name], "losses": found}
-        mean = sum(found) / len(found)
+    for name, each in losses.items():
+        row: dict[str, Any] = {"name": name, "ratio": ratios[name], "losses": each}
+        mean = sum(each) / len(each)
         if name == "dense":
             table.add_row(name, "1", f"{mean:.4f}", "", "")
         else:
-            relative = [a / b - 1 for a, b in zip(found, losses["dense"], strict=True)]
+            relative = [a / b - 1 for a, b in zip(each, losses["dense"], strict=True)]
             interval = mean_interval(relative)
             assert interval is not None
             low, high = interval
@@ -95,8 +109,10 @@ def main(arguments: list[str]) -> None:
     console.print(f"written: {options.out}")
 
 
-def train(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Validation loss, and the embedding's ratio, after training from this seed."""
+def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Validation loss, and the embedding's ratio, after training from this seed; of the dense one also after
+    compressing it to each of `ratios`, calibrated on training text.
+    """
     pl.seed_everything(seed, verbose=False)
     data = TextDataModule(
         options.source,
@@ -106,6 +122,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> tuple[float, flo
         seed=seed,
     )
     data.prepare_data()
+    data.setup("fit")
     kind, settings = KINDS.get(name, ("dense", {}))
     config = ModelConfig.from_name(
         options.model,
@@ -125,12 +142,20 @@ def train(name: str, seed: int, options: argparse.Namespace) -> tuple[float, flo
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, train_dataloaders=_train_loader(data))
-    module.model.replace_embedding(module.model.embedding.compressed())
-    (result,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
-    return result["val_loss"], module.model.embedding.compression_ratio
+    trainer.fit(module, train_dataloaders=data.train_dataloader())
+    trained = module.model
 
+    def loss_with(embedding: Embedding) -> tuple[float, float]:
+        module.model = with_embedding(trained, embedding)
+        (result,) = trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        return result["val_loss"], embedding.compression_ratio
 
-def _train_loader(data: TextDataModule) -> Any:
-    data.setup("fit")
-    return data.train_dataloader()
+    found = {name: loss_with(trained.embedding.compressed())}
+    if kind == "dense":
+        text = torch.cat([batch[:, :-1] for batch in islice(data.train_dataloader(), CALIBRATION_BATCHES)])
+        weight, calibration = trained.embedding.dense_weight().float(), calibrate(trained, text)
+        for ratio in options.ratios:
+            tiers = allocate_bits(weight, calibration, int(2 * weight.numel() / ratio), "trellis")
+            made = QuantizedEmbedding.from_dense(weight, calibration, bits=tiers, code="trellis")
+            found[f"compressed after training, {ratio:g}x"] = loss_with(made)
+    return found

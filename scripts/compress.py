@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector, write_json
 
 from ryzen_llm.data import open_corpus
@@ -62,8 +63,11 @@ def _compress(options: argparse.Namespace) -> None:
         raise InputError(f"--text {options.text}: has {len(ids)} tokens, expected {options.context} or more")
     calibrated = max(options.tokens // options.context, 2)
     more = rows[calibrated:]
-    compressor = EmbeddingCompressor(model, rows[:calibrated], more if len(more) else None)
-    choice = compressor.choose(ratio=options.ratio, perplexity_increase=options.perplexity_increase)
+    with Console(stderr=True).status("calibrating") as status:
+        compressor = EmbeddingCompressor(model, rows[:calibrated], more if len(more) else None)
+        choice = compressor.choose(
+            ratio=options.ratio, perplexity_increase=options.perplexity_increase, progress=status.update
+        )
     compressed, quality, report = compressor.apply(choice.embedding), choice.chosen.quality, choice.report()
     if options.heal_steps:
         trainable = compressor.trainable(choice.chosen)

@@ -17,8 +17,8 @@ from ryzen_llm.model.embedding import Calibration, Embedding
 FEWEST_TOKENS = 16
 _ROWS = 4
 _OCCURRING = 0.35
-"""Weight of how often tokens occur; the rest is of how often they are predicted, of which a text says more: it
-has predictions of tokens that do not occur in it."""
+"""Weight of how often tokens occur. The rest is of how often they are predicted, of which a text says more:
+tokens that do not occur in it are predicted, too."""
 _FLATTEN = 0.85
 """Power of the frequencies: a short text overstates how uneven they are on the next one. (Both are where the
 expected loss of SmolLM2 on held-out text is least, calibrated on 9216 and on 36864 tokens.)"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,17 +121,22 @@ class EmbeddingCompressor:
         return found
 
     def choose(
-        self, *, ratio: float | None = None, perplexity_increase: float | None = None
+        self,
+        *,
+        ratio: float | None = None,
+        perplexity_increase: float | None = None,
+        progress: Callable[[str], None] = lambda what: None,
     ) -> EmbeddingChoice:
         """The candidate with the least divergence at `ratio`, or the smallest one whose relative increase of
         perplexity, on the held-out part of the text, is at most `perplexity_increase`.
 
-        Raises InputError unless exactly one budget is given, and for one that cannot be met.
+        `progress` is told, in words, what is about to be made and measured, which takes minutes. Raises
+        InputError unless exactly one budget is given, and for one that cannot be met.
         """
         if (ratio is None) == (perplexity_increase is None):
             raise InputError("give ratio or perplexity_increase, one of them")
         if ratio is not None:
-            made = [self._measure(self.compress(kind, **s)) for kind, s in self.settings_for(ratio)]
+            made = [self._made(*candidate, progress) for candidate in self.settings_for(ratio)]
             return self._choice(*min(made, key=lambda m: m[1].quality.kl))
         assert perplexity_increase is not None
         low, high = math.log(_SMALLEST_RATIO), math.log(_LARGEST_RATIO)
@@ -144,7 +150,7 @@ class EmbeddingCompressor:
                     raise
                 high = middle
                 continue
-            found = self._measure(self.compress(kind, **settings))
+            found = self._made(kind, settings, progress)
             if found[1].quality.perplexity_increase <= perplexity_increase:
                 low = middle
                 best = found if best is None or found[1].ratio > best[1].ratio else best
@@ -176,6 +182,15 @@ class EmbeddingCompressor:
 
     def _choice(self, embedding: Embedding, chosen: Candidate) -> EmbeddingChoice:
         return EmbeddingChoice(embedding, chosen, tuple(sorted(self._measured, key=lambda c: c.ratio)))
+
+    def _made(
+        self, kind: type[CompressedEmbedding], settings: dict[str, Any], progress: Callable[[str], None]
+    ) -> tuple[Embedding, Candidate]:
+        what = ", ".join([kind.kind, *(f"{k} {v}" for k, v in settings.items() if not isinstance(v, list))])
+        progress(f"{what}: making")
+        embedding = self.compress(kind, **settings)
+        progress(f"{what}: measuring")
+        return self._measure(embedding)
 
     def _measure(self, embedding: Embedding) -> tuple[Embedding, Candidate]:
         size = embedding.bytes_resident

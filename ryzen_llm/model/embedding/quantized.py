@@ -35,8 +35,7 @@ from ryzen_llm.model.embedding.tiers import Tiers, check_tiers, in_trellis, sens
 CODES = ("trellis", "grid")
 """From the one with the smaller error to the one that can be trained."""
 ROUNDED_FROM = 0.7
-"""Share of a training's steps after which `weight` is rounded. (3 bits from the first step on cost four times
-as much: `benchmarks/embedding_training.py`.)"""
+"""Share of a training's steps after which `weight` is rounded: docs/embeddings.md has what others cost."""
 
 
 class QuantizedEmbedding(CompressedEmbedding):
