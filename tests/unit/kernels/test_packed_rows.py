@@ -1,15 +1,12 @@
 """Packed rows against their formula, by every path: PyTorch, Inductor, Triton's interpreter and compiler."""
 
 import importlib
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from random_rows import random_rows
+from triton_checks import build, run_interpreted
 
 from ryzen_llm.kernels import chunked_cross_entropy, packed_linear, packed_lookup, unpack
 
@@ -70,47 +67,26 @@ def test_chunked_cross_entropy_has_the_loss_and_gradients_of_all_logits_at_once(
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is there on Linux only")
 
 
-def run_interpreted(settings: dict[str, str]) -> None:
-    """In a process of its own, since Triton decides when it is imported whether it interprets."""
-    path = Path(__file__).with_name("interpreted_packed_rows.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which the interpreter is not for")
 def test_the_kernels_in_the_interpreter() -> None:
-    run_interpreted({"TRITON_INTERPRET": "1"})
+    run_interpreted("interpreted_packed_rows.py", {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu() -> None:
-    run_interpreted({})
+    run_interpreted("interpreted_packed_rows.py", {})
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_the_kernels_compile_without_a_gpu(bits: int, capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from ryzen_llm.kernels import packed_rows_triton as kernels
 
-    from ryzen_llm.kernels import packed_rows_triton as triton_kernels
-
-    pointers = {"codes_ptr": "*u8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
-    pointers |= {"indices_ptr": "*i64", "x_ptr": "*bf16"}
-    constants = {
-        triton_kernels.lookup_kernel: {"BITS": bits, "COLUMNS": triton_kernels.LOOKUP_COLUMNS},
-        triton_kernels.linear_kernel: {
-            "BITS": bits,
-            "ROWS": triton_kernels.BLOCK_ROWS,
-            "BYTES": triton_kernels.BLOCK_BYTES,
-        },
-    }
-    for kernel, values in constants.items():
-        types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
-        types |= dict.fromkeys(values, "constexpr")
-        source = ASTSource(fn=kernel, signature=types, constexprs=values)
-        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-        assert built.asm["cubin"]
+    blocks = {"ROWS": kernels.BLOCK_ROWS, "BYTES": kernels.BLOCK_BYTES}
+    for kernel, sizes in (
+        (kernels.lookup_kernel, {"COLUMNS": kernels.LOOKUP_COLUMNS}),
+        (kernels.linear_kernel, blocks),
+    ):
+        assert build(kernel, {"BITS": bits, **sizes}, capability).asm["cubin"]

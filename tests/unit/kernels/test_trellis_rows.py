@@ -1,16 +1,13 @@
 """Trellis codes: their values against Python's integers by every path, and how near the encoder comes."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from random_rows import random_trellis
+from triton_checks import build, run_interpreted
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import TrellisRows, packed_linear, packed_lookup, trellis_encode, unpack
@@ -194,47 +191,26 @@ def test_without_a_compiler_codes_are_read_but_not_made(monkeypatch: pytest.Monk
         trellis_encode(normal(1, 48), torch.eye(48), 2)
 
 
-def run_interpreted(settings: dict[str, str]) -> None:
-    """In a process of its own, since Triton decides when it is imported whether it interprets."""
-    path = Path(__file__).with_name("interpreted_trellis_rows.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-
-
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there, which the interpreter is not for")
 def test_the_kernels_in_the_interpreter() -> None:
-    run_interpreted({"TRITON_INTERPRET": "1"})
+    run_interpreted("interpreted_trellis_rows.py", {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.gpu
 def test_the_kernels_on_a_gpu() -> None:
-    run_interpreted({})
+    run_interpreted("interpreted_trellis_rows.py", {})
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("bits", BITS)
 def test_the_kernels_compile_without_a_gpu(bits: int, capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from ryzen_llm.kernels import trellis_rows_triton as kernels
 
-    from ryzen_llm.kernels import trellis_rows_triton as triton_kernels
-
-    pointers = {"codes_ptr": "*u8", "scale_ptr": "*bf16", "out_ptr": "*bf16"}
-    pointers |= {"indices_ptr": "*i64", "x_ptr": "*bf16"}
-    constants = {
-        triton_kernels.lookup_kernel: {"BITS": bits, "COLUMNS": triton_kernels.LOOKUP_COLUMNS},
-        triton_kernels.linear_kernel: {
-            "BITS": bits,
-            "ROWS": triton_kernels.BLOCK_ROWS,
-            "COLUMNS": triton_kernels.BLOCK_COLUMNS,
-        },
-    }
-    for kernel, values in constants.items():
-        types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
-        types |= dict.fromkeys(values, "constexpr")
-        source = ASTSource(fn=kernel, signature=types, constexprs=values)
-        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-        assert built.asm["cubin"]
+    blocks = {"ROWS": kernels.BLOCK_ROWS, "COLUMNS": kernels.BLOCK_COLUMNS}
+    for kernel, sizes in (
+        (kernels.lookup_kernel, {"COLUMNS": kernels.LOOKUP_COLUMNS}),
+        (kernels.linear_kernel, blocks),
+    ):
+        assert build(kernel, {"BITS": bits, **sizes}, capability).asm["cubin"]
