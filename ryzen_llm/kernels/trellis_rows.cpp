@@ -334,7 +334,8 @@ WITH_AVX2 void row_values(const uint8_t* codes, float* values, int64_t size) {
 }
 
 at::Tensor trellis_values(const at::Tensor& codes, int64_t bits) {
-  const int64_t size = (codes.size(1) - STATE_BYTES) * 8 / bits;
+  const bool countable = codes.dim() == 2 && bits > 0;
+  const int64_t size = countable ? (codes.size(1) - STATE_BYTES) * 8 / bits : 0;
   check(codes, size, bits);
   const at::Tensor in_rows = codes.contiguous();
   at::Tensor values = at::empty({codes.size(0), size}, codes.options().dtype(at::kFloat));

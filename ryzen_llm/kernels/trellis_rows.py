@@ -19,6 +19,7 @@ column to column.
 from __future__ import annotations
 
 import functools
+import platform
 from typing import NamedTuple
 
 import torch
@@ -83,12 +84,12 @@ def trellis_encode(target: Tensor, feedback: Tensor, bits: int) -> Tensor:
         bits: 1 to 4.
 
     Returns (rows, 2 + size * bits / 8) uint8. Raises InputError for numbers that are not finite and
-    where there is no C++ compiler.
+    where not `can_encode`.
     """
-    if not _is_compiled():
+    if not can_encode():
         raise InputError(
-            "trellis codes are made by C++ that could not be compiled here: install a C++ compiler and "
-            'ninja, or use code: "grid"'
+            "trellis codes are made by C++, which needs a C++ compiler and ninja, and AVX2 on x86: install "
+            'them, or use code: "grid"'
         )
     if not (target.isfinite().all() and feedback.isfinite().all() and (feedback.diagonal() > 0).all()):
         raise InputError("target and feedback must be finite, and feedback's diagonal positive")
@@ -98,7 +99,8 @@ def trellis_encode(target: Tensor, feedback: Tensor, bits: int) -> Tensor:
 
 def can_encode() -> bool:
     """Whether `trellis_encode` works here; compiles the C++ form in the first call."""
-    return _is_compiled()
+    without_avx2 = platform.machine() in ("x86_64", "AMD64") and not cpu_features().avx2
+    return not without_avx2 and _is_compiled()
 
 
 def trellis_dot(x: Tensor, rows: TrellisRows) -> Tensor:

@@ -99,7 +99,7 @@ class EmbeddingCompressor:
         available = int(2 * self.weight.numel() / ratio)
         found: list[tuple[type[CompressedEmbedding], dict[str, Any]]] = []
         refused: list[InputError] = []
-        for code in CODES if can_encode() else CODES[1:]:
+        for code in CODES if can_encode() else ("grid",):
             try:
                 tiers = allocate_bits(self.weight, self.calibration, available, code)
                 found.append((QuantizedEmbedding, {"bits": tiers, "code": code}))

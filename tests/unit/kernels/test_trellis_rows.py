@@ -106,6 +106,9 @@ def test_what_does_not_fit_is_refused_before_memory_is_read() -> None:
             torch.ops.ryzen_llm.trellis_dot(x, codes, bits)
         with pytest.raises(RuntimeError, match="do not fit"):
             torch.ops.ryzen_llm.trellis_values(codes[:, :7], bits)
+    for codes, bits in ((rows.codes, 0), (rows.codes[0], 3)):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            torch.ops.ryzen_llm.trellis_values(codes, bits)
     for target, feedback, bits in (
         (normal(2, 16), torch.eye(8), 2),
         (normal(2, 12), torch.eye(12), 2),
@@ -172,6 +175,16 @@ def test_rows_do_not_depend_on_each_other() -> None:
     target = normal(40, 64)
     together = trellis_encode(target, torch.eye(64), 3)
     assert torch.equal(together[7:8], trellis_encode(target[7:8], torch.eye(64), 3))
+
+
+def test_an_x86_processor_without_avx2_is_not_given_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would end the process."""
+    monkeypatch.setattr(module, "cpu_features", lambda: dataclasses.replace(cpu_features(), avx2=False))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    rows, values = random_trellis(2)
+    torch.testing.assert_close(unpack(rows).double(), values, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="AVX2 on x86"):
+        trellis_encode(normal(1, 48), torch.eye(48), 2)
 
 
 def test_without_a_compiler_codes_are_read_but_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
