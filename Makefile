@@ -11,8 +11,9 @@ CONFIG ?= configs/quickstart.yaml
 train: $(VENV)/.installed
 	$(BIN)/python scripts/train.py --config $(CONFIG)
 
+# A process a core, up to four, and a file stays in one of them; threads that wait leave the cores to the others.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m slow

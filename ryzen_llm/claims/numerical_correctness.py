@@ -25,7 +25,6 @@ def claim(context: ClaimContext) -> Claim:
     )
 
 
-@torch.inference_mode()
 def _losses(context: ClaimContext, as_trained: bool) -> list[float]:
     model = copy.deepcopy(context.model).to(context.device).eval()
     if not as_trained:
@@ -36,6 +35,7 @@ def _losses(context: ClaimContext, as_trained: bool) -> list[float]:
     for batch in context.val_batches:
         ids = batch.to(context.device)
         autocast = context.autocast() if as_trained else torch.autocast(context.device.type, enabled=False)
-        with shared_compilations(), autocast:
-            losses.append(float(model.loss(ids[:, :-1], ids[:, 1:])[0]))
+        # As it was trained is with gradients: another graph, without, would compute something else.
+        with shared_compilations(), autocast, torch.set_grad_enabled(as_trained):
+            losses.append(model.loss(ids[:, :-1], ids[:, 1:])[0].item())
     return losses

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 
 def compile_beside(module_file: str, otherwise: str) -> bool:
-    """Compile the .cpp file beside a module and load its ops: half a minute in a machine's first call.
+    """Compile the .cpp file beside a module and load its ops: up to half a minute in a machine's first call.
 
     Returns False, with a warning that ends in `otherwise`, where that fails: it needs a C++ compiler and
     ninja.

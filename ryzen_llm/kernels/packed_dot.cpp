@@ -1,14 +1,9 @@
 // The product of one row with packed rows: `packed_dot.py` says what is computed, `packed_rows.py` how codes are laid out.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <immintrin.h>
-#include <torch/library.h>
-
 #include <vector>
 
-#define WITH_AVX2 __attribute__((target("avx2,fma")))
+#include "tensors.h"
+
 
 namespace {
 
@@ -62,7 +57,7 @@ template <typename Scale, int PLANES>
 void product(const uint8_t* codes, const Scale* scale, const float* x, const float* sums, float* y, int64_t rows,
              int64_t groups, int64_t group, int bits) {
   const int64_t bytes = group * bits / 8;
-  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       float total = 0;
       for (int64_t g = 0; g < groups; ++g) {
@@ -87,7 +82,7 @@ void product(const uint8_t* codes, const Scale* scale, const float* x, const flo
 }
 
 template <typename Scale>
-void by_planes(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, int bits, at::Tensor& y) {
+void by_planes(const Tensor& x, const Tensor& codes, const Tensor& scale, int bits, Tensor& y) {
   const int64_t rows = codes.size(0), groups = codes.size(1), group = x.numel() / groups;
   const auto* numbers = x.const_data_ptr<float>();
   std::vector<float> sums(groups);
@@ -98,24 +93,24 @@ void by_planes(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& s
       y.mutable_data_ptr<float>(), rows, groups, group, bits);
 }
 
-at::Tensor packed_dot(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scale, int64_t bits) {
+Tensor packed_dot(const Tensor& x, const Tensor& codes, const Tensor& scale, int64_t bits) {
   const bool shaped = codes.dim() == 3 && scale.dim() == 2 && x.dim() == 1 && codes.size(1) > 0 &&
                       scale.size(0) == codes.size(0) && scale.size(1) == codes.size(1);
-  TORCH_CHECK(shaped && bits >= 1 && bits <= 8 && codes.scalar_type() == at::kByte &&
+  STD_TORCH_CHECK(shaped && bits >= 1 && bits <= 8 && codes.scalar_type() == ScalarType::Byte &&
                   x.numel() * bits == codes.size(1) * codes.size(2) * 8 &&
                   x.numel() / codes.size(1) * (bits & -bits) / 8 % LANES == 0,
-              "packed_dot: x is ", x.sizes(), ", codes ", codes.sizes(), " and scale ", scale.sizes(), " of ", bits,
+              "packed_dot: x is ", shape(x), ", codes ", shape(codes), " and scale ", shape(scale), " of ", bits,
               " bits, which do not fit");
-  at::Tensor y = at::empty({codes.size(0)}, x.options().dtype(at::kFloat));
-  const at::Tensor numbers = x.to(at::kFloat).contiguous();
-  if (scale.scalar_type() == at::kBFloat16)
-    by_planes<at::BFloat16>(numbers, codes.contiguous(), scale.contiguous(), static_cast<int>(bits), y);
+  Tensor y = torch::stable::new_empty(x, {codes.size(0)}, ScalarType::Float);
+  const Tensor numbers = as(ScalarType::Float, x), in_rows = as(ScalarType::Byte, codes);
+  if (scale.scalar_type() == ScalarType::BFloat16)
+    by_planes<BFloat16>(numbers, in_rows, as(ScalarType::BFloat16, scale), static_cast<int>(bits), y);
   else
-    by_planes<float>(numbers, codes.contiguous(), scale.to(at::kFloat).contiguous(), static_cast<int>(bits), y);
+    by_planes<float>(numbers, in_rows, as(ScalarType::Float, scale), static_cast<int>(bits), y);
   return y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) { m.def("packed_dot(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor"); }
-TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("packed_dot", packed_dot); }
+STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) { m.def("packed_dot(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("packed_dot", TORCH_BOX(&packed_dot)); }

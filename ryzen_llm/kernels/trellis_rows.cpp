@@ -1,10 +1,5 @@
 // Rows in trellis codes, made and multiplied with: `trellis_rows.py` says how they are laid out and what is computed.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,12 +7,7 @@
 #include <numeric>
 #include <vector>
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#define WITH_AVX2 __attribute__((target("avx2,fma")))
-#else
-#define WITH_AVX2
-#endif
+#include "tensors.h"
 
 namespace {
 
@@ -230,20 +220,20 @@ class Search {
   int slot_[SLOTS];
 };
 
-at::Tensor trellis_encode(const at::Tensor& target, const at::Tensor& feedback, int64_t bits) {
+Tensor trellis_encode(const Tensor& target, const Tensor& feedback, int64_t bits) {
   const bool shaped = target.dim() == 2 && feedback.dim() == 2 && feedback.size(0) == target.size(1) &&
                       feedback.size(1) == target.size(1) && target.size(1) > 0 && target.size(1) % 8 == 0;
-  TORCH_CHECK(shaped && bits >= 1 && bits <= 4 && target.scalar_type() == at::kFloat &&
-                  feedback.scalar_type() == at::kFloat,
-              "trellis_encode: target ", target.sizes(), " and feedback ", feedback.sizes(), " of ", bits,
+  STD_TORCH_CHECK(shaped && bits >= 1 && bits <= 4 && target.scalar_type() == ScalarType::Float &&
+                  feedback.scalar_type() == ScalarType::Float,
+              "trellis_encode: target ", shape(target), " and feedback ", shape(feedback), " of ", bits,
               " bits, which do not fit");
-  const at::Tensor targets = target.contiguous(), rows_of_feedback = feedback.contiguous();
+  const Tensor targets = as(ScalarType::Float, target), rows_of_feedback = as(ScalarType::Float, feedback);
   const int64_t rows = target.size(0), size = target.size(1), bytes = STATE_BYTES + size * bits / 8;
-  at::Tensor codes = at::empty({rows, bytes}, target.options().dtype(at::kByte));
+  Tensor codes = torch::stable::new_empty(target, {rows, bytes}, ScalarType::Byte);
   static const Values values;
   auto* to = codes.mutable_data_ptr<uint8_t>();
   const auto *from = targets.const_data_ptr<float>(), *back = rows_of_feedback.const_data_ptr<float>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     Search search(back, static_cast<int>(size), static_cast<int>(bits));
     for (int64_t row = begin; row < end; ++row) search.encode(from + row * size, values, to + row * bytes);
   });
@@ -290,10 +280,10 @@ WITH_AVX2 float row_dot(const uint8_t* codes, const float* x, int64_t size) {
 
 // Calls `run` for each row, with its bytes where four more can be read.
 template <typename Run>
-void for_each_row(const at::Tensor& codes, const Run& run) {
+void for_each_row(const Tensor& codes, const Run& run) {
   const int64_t rows = codes.size(0), bytes = codes.size(1);
   const auto* all = codes.const_data_ptr<uint8_t>();
-  at::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end && row < rows - 1; ++row) {
       for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(all + row * bytes + AHEAD + line, _MM_HINT_T0);
       run(row, all + row * bytes);
@@ -305,17 +295,17 @@ void for_each_row(const at::Tensor& codes, const Run& run) {
   run(rows - 1, last.data());
 }
 
-void check(const at::Tensor& codes, int64_t size, int64_t bits) {
-  TORCH_CHECK(codes.dim() == 2 && bits >= 1 && bits <= 4 && codes.scalar_type() == at::kByte && size % 8 == 0 &&
+void check(const Tensor& codes, int64_t size, int64_t bits) {
+  STD_TORCH_CHECK(codes.dim() == 2 && bits >= 1 && bits <= 4 && codes.scalar_type() == ScalarType::Byte && size % 8 == 0 &&
                   codes.size(1) == STATE_BYTES + size * bits / 8,
-              "codes are ", codes.sizes(), " ", codes.scalar_type(), " of ", bits, " bits for ", size,
+              "codes are ", shape(codes), " ", codes.scalar_type(), " of ", bits, " bits for ", size,
               " columns, which do not fit");
 }
 
-at::Tensor trellis_dot(const at::Tensor& x, const at::Tensor& codes, int64_t bits) {
+Tensor trellis_dot(const Tensor& x, const Tensor& codes, int64_t bits) {
   check(codes, x.numel(), bits);
-  const at::Tensor numbers = x.to(at::kFloat).contiguous(), in_rows = codes.contiguous();
-  at::Tensor y = at::empty({codes.size(0)}, x.options().dtype(at::kFloat));
+  const Tensor numbers = as(ScalarType::Float, x), in_rows = as(ScalarType::Byte, codes);
+  Tensor y = torch::stable::new_empty(x, {codes.size(0)}, ScalarType::Float);
   const auto* from = numbers.const_data_ptr<float>();
   auto* to = y.mutable_data_ptr<float>();
   const int64_t size = x.numel();
@@ -333,12 +323,12 @@ WITH_AVX2 void row_values(const uint8_t* codes, float* values, int64_t size) {
   }
 }
 
-at::Tensor trellis_values(const at::Tensor& codes, int64_t bits) {
+Tensor trellis_values(const Tensor& codes, int64_t bits) {
   const bool countable = codes.dim() == 2 && bits > 0;
   const int64_t size = countable ? (codes.size(1) - STATE_BYTES) * 8 / bits : 0;
   check(codes, size, bits);
-  const at::Tensor in_rows = codes.contiguous();
-  at::Tensor values = at::empty({codes.size(0), size}, codes.options().dtype(at::kFloat));
+  const Tensor in_rows = as(ScalarType::Byte, codes);
+  Tensor values = torch::stable::new_empty(codes, {codes.size(0), size}, ScalarType::Float);
   auto* to = values.mutable_data_ptr<float>();
   const auto write = bits == 1 ? row_values<1> : bits == 2 ? row_values<2> : bits == 3 ? row_values<3> : row_values<4>;
   for_each_row(in_rows, [&](int64_t row, const uint8_t* at) { write(at, to + row * size, size); });
@@ -349,15 +339,15 @@ at::Tensor trellis_values(const at::Tensor& codes, int64_t bits) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
   m.def("trellis_encode(Tensor target, Tensor feedback, int bits) -> Tensor");
   m.def("trellis_dot(Tensor x, Tensor codes, int bits) -> Tensor");
   m.def("trellis_values(Tensor codes, int bits) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) {
-  m.impl("trellis_encode", trellis_encode);
+STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) {
+  m.impl("trellis_encode", TORCH_BOX(&trellis_encode));
 #ifdef __x86_64__
-  m.impl("trellis_dot", trellis_dot);
-  m.impl("trellis_values", trellis_values);
+  m.impl("trellis_dot", TORCH_BOX(&trellis_dot));
+  m.impl("trellis_values", TORCH_BOX(&trellis_values));
 #endif
 }

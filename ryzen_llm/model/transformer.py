@@ -259,9 +259,11 @@ class Transformer(nn.Module):
                 f"targets are {tuple(targets.shape)} {targets.dtype}, expected int64 shaped like input_ids, "
                 f"{tuple(input_ids.shape)}"
             )
-        hidden_states = self.hidden_states(input_ids)
-        compiled = self.norm._compiled_call_impl is not None  # by `compile_blocks`
-        loss: LinearLoss = self.kernels.function("loss", compiled)
+        return self.loss_of(self.hidden_states(input_ids), targets)
+
+    def loss_of(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`loss` from `hidden_states`, (batch, time, hidden_size), without any check."""
+        loss: LinearLoss = self.kernels.function("loss", self.compiled)
         if self.head is None:
             return self.embedding.loss(hidden_states, targets, loss)
         return loss(hidden_states, self.head.weight, targets)
@@ -279,6 +281,11 @@ class Transformer(nn.Module):
         """
         for region in (*self.blocks, self.norm):
             region.compile()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile_blocks` has been called."""
+        return self.norm._compiled_call_impl is not None
 
     def content_hash(self) -> str:
         """SHA-256 of shape and weights, to tell whether a saved cache is of this model."""

@@ -90,7 +90,11 @@ class LanguageModule(ScheduledModule):
 
     def _evaluate(self, batch: Tensor) -> None:
         targets = batch[:, 1:]
-        loss, correct = self.model.loss(batch[:, :-1], targets)
+        # With gradients, the blocks' graph is the one that training has compiled; one without would take as
+        # long again. With sharded weights, FSDP would wait for a backward.
+        with torch.set_grad_enabled(self.model.compiled and self.device_mesh is None):
+            hidden_states = self.model.hidden_states(batch[:, :-1]).detach()
+        loss, correct = self.model.loss_of(hidden_states, targets)
         self.mean_loss.update(loss, weight=targets.numel())
         self.accuracy.update(correct / targets.numel(), weight=targets.numel())
 

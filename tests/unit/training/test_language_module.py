@@ -1,0 +1,38 @@
+"""What is compiled for training and validation."""
+
+import pytest
+import torch
+from conftest import QUIET, build_module
+from lightning.pytorch import Trainer
+from torch._dynamo.testing import CompileCounter
+
+from ryzen_llm.data import TextDataModule
+
+
+def test_validation_takes_the_graph_that_training_compiled(
+    data: TextDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without gradients would take as long to compile again. Its losses are those of no graph at all."""
+
+    def run(compiled: bool) -> tuple[int, dict[str, float]]:
+        torch._dynamo.reset()
+        count = CompileCounter()  # a backend that counts, and runs what it is given
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda region: compile_with(region, backend=count))
+        data.prepare_data()
+        settings = {
+            "inference_mode": False,
+            "enable_checkpointing": False,
+            **QUIET,
+        }  # as scripts/train.py has it
+        trainer = Trainer(max_steps=4, val_check_interval=2, **settings)
+        trainer.fit(build_module(data, compile=compiled), datamodule=data)
+        after_training = count.frame_count
+        (found,) = trainer.validate(trainer.lightning_module, datamodule=data, verbose=False)
+        assert count.frame_count == after_training
+        return after_training, found
+
+    compile_with = torch.nn.Module.compile
+    with torch._dynamo.config.patch(disable=False):
+        graphs, losses = run(compiled=True)
+    assert graphs == 2, "a block's, which the other takes as well, and the last norm's"
+    assert losses == pytest.approx(run(compiled=False)[1], rel=1e-5)
