@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from ryzen_llm.data.corpus import open_corpus
 from ryzen_llm.data.resumable_loader import ResumableLoader, ShuffledSampler
@@ -128,11 +128,14 @@ class TextDataModule(LightningDataModule):
         return ResumableLoader(windows, sampler=sampler, drop_last=True, **self._loader_options())
 
     def val_dataloader(self) -> list[DataLoader[torch.Tensor]]:
-        """Batches of the val split in order, the last one as it is; no loader if val_fraction is 0."""
+        """Batches of the val split, the last one as it is; no loader if val_fraction is 0.
+
+        They come in one shuffled order, whatever the seed: a few of them are from all over the split.
+        """
         return self._evaluation_loaders("val", self.val_fraction)
 
     def test_dataloader(self) -> list[DataLoader[torch.Tensor]]:
-        """Batches of the test split in order, the last one as it is; no loader if test_fraction is 0."""
+        """Batches of the test split, likewise; no loader if test_fraction is 0."""
         return self._evaluation_loaders("test", self.test_fraction)
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +181,9 @@ class TextDataModule(LightningDataModule):
     def _evaluation_loaders(self, split: Split, fraction: float) -> list[DataLoader[torch.Tensor]]:
         if not fraction:
             return []
-        return [DataLoader(TokenWindows(self.store, split, self.context), **self._loader_options())]
+        windows = TokenWindows(self.store, split, self.context)
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+        return [DataLoader(Subset(windows, order), **self._loader_options())]
 
     def _loader_options(self) -> dict[str, Any]:
         return {

@@ -40,7 +40,10 @@ def test_loaders_cover_their_split(make_corpus: Callable[..., Path]) -> None:
     assert {tuple(window) for window in seen} <= {tuple(window) for window in expected}
     assert seen != expected[: len(seen)]
     for split, (loader,) in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
-        assert [window for batch in loader for window in batch.tolist()] == windows(split)
+        seen = [window for batch in loader for window in batch.tolist()]
+        assert sorted(seen) == sorted(windows(split)), "each once"
+        assert seen != windows(split), "the first ones are from all over the split"
+        assert seen == [window for batch in loader for window in batch.tolist()], "in the same order again"
 
 
 def test_a_split_that_is_switched_off_has_no_loader(make_corpus: Callable[..., Path]) -> None:
