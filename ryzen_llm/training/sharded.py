@@ -109,6 +109,15 @@ class _PlainUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # Python before 3.11.4 names an enum's member with it
+            return _memory_format
         if (module, name) not in self._KNOWN:
             raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+
+def _memory_format(enum: object, name: object) -> Any:
+    formats = dcp_metadata._MEM_FORMAT_ENCODING
+    if enum is not formats or name not in formats.__members__:
+        raise pickle.UnpicklingError(f"asks for {name!r} of {enum!r}, which no checkpoint needs")
+    return formats[str(name)]

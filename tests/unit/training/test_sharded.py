@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
@@ -48,6 +49,32 @@ def test_it_reads_as_a_file_does(checkpoint: Checkpoint, sharded: Path) -> None:
 class Payload:
     def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, ("touch ran",)
+
+
+class Attribute:
+    """`getattr(of, name)` when it is unpickled."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.arguments = (of, name)
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, str]]:
+        return getattr, self.arguments
+
+
+def test_members_of_enums_are_read_as_every_python_writes_them(
+    checkpoint: Checkpoint, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 3.11.4 (Debian 12 has 3.11.2) as attributes of their class; other attributes are refused."""
+    path, enum = sharded / ".metadata", dcp_metadata._MEM_FORMAT_ENCODING
+    with monkeypatch.context() as older:
+        older.setattr(enum, "__reduce_ex__", lambda member, _: Attribute(enum, member.name).__reduce__())
+        path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes())))
+    assert b"getattr" in path.read_bytes()
+    test_it_reads_as_a_file_does(checkpoint, sharded)
+    for of, name in ((enum, "__init__"), (dcp_metadata.Metadata, "__init__")):
+        path.write_bytes(pickle.dumps(Attribute(of, name)))
+        with pytest.raises(InputError, match="asks for '__init__'"):
+            load_checkpoint(sharded)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
