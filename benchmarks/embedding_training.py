@@ -44,17 +44,18 @@ def main(arguments: list[str]) -> None:
     """Train twins of the same seed, tokens and settings; print and write the paired differences."""
     parser = argparse.ArgumentParser(prog="benchmark.py embedding_training", description=__doc__)
     parser.add_argument("--model", default="tiny", help="a preset's name")
+    parser.add_argument("--layers", type=int, default=2, help="of the model, as in configs/quickstart.yaml")
     parser.add_argument("--source", default="stdlib", help="text, as data.source")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS)[:1])
     parser.add_argument(
         "--ratios", type=float, nargs="*", default=[4, 6], help="to which the dense twin is compressed, too"
     )
-    parser.add_argument("--validation-batches", type=int, default=32)
+    parser.add_argument("--validation-batches", type=int, default=100)
     parser.add_argument("--margin", type=float, default=0.01, help="of equivalence, relative")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/embedding_training.json"))
     options = parser.parse_args(arguments)
@@ -127,10 +128,11 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, tuple[
     config = ModelConfig.from_name(
         options.model,
         vocab_size=data.tokenizer.vocab_size,
+        num_layers=options.layers,
         embedding=kind,
         embedding_settings=settings or None,
     )
-    module = LanguageModule(config, OptimizerConfig(learning_rate=3e-3))
+    module = LanguageModule(config, OptimizerConfig())
     trainer = pl.Trainer(
         max_steps=options.steps,
         max_epochs=-1,
