@@ -17,7 +17,8 @@ from ryzen_llm.data.atomic_write import write_atomically
 from ryzen_llm.data.readers import read_documents, supported_suffix, text_of_row
 from ryzen_llm.errors import InputError
 
-_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+# Other people's, tests, and tables of characters, which are an eighth of it and no text.
+_NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 _PLAIN_TEXT = {".txt", ".md", ".rst", ".py"}
 
 
