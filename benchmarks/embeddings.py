@@ -117,11 +117,15 @@ def ours(compressor: EmbeddingCompressor, ratios: list[float]) -> dict[str, Call
         for ratio in ratios
     }
     arms["quantized, 4 bits"] = lambda: compressor.compress(QuantizedEmbedding, bits=4)
-    vocab_size, hidden_size = weight.shape
-    rank = int(weight.numel() / 2.45 / (vocab_size + hidden_size))
+    rank = rank_of(weight, 2.45)
     arms["factorized, whitened, 2.45x"] = lambda: compressor.compress(FactorizedEmbedding, rank=rank)
     arms["product, 3 stages"] = lambda: compressor.compress(ProductEmbedding, stages=3)
     return arms
+
+
+def rank_of(weight: Tensor, ratio: float) -> int:
+    """The rank at which two factors are that much smaller than the matrix."""
+    return int(weight.numel() / ratio / sum(weight.shape))
 
 
 def quality(
@@ -238,34 +242,47 @@ def healed(
     scored: Tensor,
     options: argparse.Namespace,
     console: Console,
-) -> dict[str, Any]:
-    """One arm healed on the calibration text: time and quality before and after."""
-    tiers = allocate_bits(
-        compressor.weight, compressor.calibration, int(2 * compressor.weight.numel() / options.heal_ratio)
-    )
-    trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=tiers)
-    before = compressor.apply(trainable.compressed())
-    started = time.perf_counter()
-    precision, _ = choose_precision(None, compressor.weight.device)
-    after = heal(
-        compressor.model,
-        trainable,
-        text,
-        steps=options.heal_steps,
-        learning_rate=options.heal_learning_rate,
-        precision=precision,
-    )
-    seconds = time.perf_counter() - started
-    qualities = measure(compressor.model, {"before": before, "after": after}, scored)
-    size = after.embedding.bytes_resident
-    result = {
-        "ratio": 2 * compressor.weight.numel() / size,
-        "bytes": size,
-        "steps": options.heal_steps,
-        "seconds": seconds,
-    } | {name: asdict(q) for name, q in qualities.items()}
-    console.print(result)
-    return result
+) -> list[dict[str, Any]]:
+    """Each kind healed on the calibration text: time, and quality before and after."""
+    weight, calibration = compressor.weight, compressor.calibration
+    tiers = allocate_bits(weight, calibration, int(2 * weight.numel() / options.heal_ratio))
+    rank = rank_of(weight, 2.45)
+    kinds: dict[str, Callable[[], Embedding]] = {
+        f"quantized, grid, tiers {options.heal_ratio}x": lambda: QuantizedEmbedding.trainable_from_dense(
+            weight, calibration, bits=tiers
+        ),
+        "factorized, whitened, 2.45x": lambda: FactorizedEmbedding.from_dense(weight, calibration, rank=rank),
+        "product, 3 stages": lambda: ProductEmbedding.from_dense(weight, calibration, stages=3),
+    }
+    precision, _ = choose_precision(None, weight.device)
+    table = Table(title=f"{options.heal_steps} steps of healing, {scored.numel()} tokens not healed on")
+    for heading in ("embedding", "ratio", "seconds", "change before", "after", "KL before", "after"):
+        table.add_column(heading, justify="right")
+    rows: list[dict[str, Any]] = []
+    for name, make in kinds.items():
+        trainable = make()
+        before = compressor.apply(trainable.compressed())
+        started = time.perf_counter()
+        with console.status(f"healing: {name}"):
+            after = heal(
+                compressor.model,
+                trainable,
+                text,
+                steps=options.heal_steps,
+                learning_rate=options.heal_learning_rate,
+                precision=precision,
+            )
+        seconds = time.perf_counter() - started
+        size = copy.deepcopy(after.embedding).to(torch.bfloat16).bytes_resident
+        row: dict[str, Any] = {"name": name, "ratio": 2 * weight.numel() / size, "bytes": size}
+        found = measure(compressor.model, {"before": before, "after": after}, scored)
+        row |= {"seconds": seconds} | {when: asdict(quality) for when, quality in found.items()}
+        rows.append(row)
+        changes = [f"{found[when].perplexity_increase:+.2%}" for when in ("before", "after")]
+        divergences = [f"{found[when].kl:.4f}" for when in ("before", "after")]
+        table.add_row(name, f"{row['ratio']:.2f}x", f"{seconds:.0f}", *changes, *divergences)
+    console.print(table)
+    return rows
 
 
 def plot(found: dict[str, Any], path: Path, console: Console) -> None:
@@ -289,16 +306,11 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
         axes.annotate(
             row["name"], (row["ratio"], change), fontsize=7, xytext=offset, textcoords="offset points"
         )
-    if "healed" in found:
-        change = max(100 * found["healed"]["after"]["perplexity_increase"], 0.01)
-        axes.plot(found["healed"]["ratio"], change, "*", color="tab:green", markersize=12)
-        axes.annotate(
-            "healed",
-            (found["healed"]["ratio"], change),
-            fontsize=7,
-            xytext=(4, 4),
-            textcoords="offset points",
-        )
+    for row in found.get("healed", []):
+        change = max(100 * row["after"]["perplexity_increase"], 0.01)
+        axes.plot(row["ratio"], change, "*", color="tab:green", markersize=12)
+        label = f"{row['name']}, healed"
+        axes.annotate(label, (row["ratio"], change), fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.axhline(1, color="tab:red", linewidth=0.5)
     axes.set(
         yscale="log",
