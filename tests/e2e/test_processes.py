@@ -17,10 +17,7 @@ from ryzen_llm.interop import load_pretrained
 
 Train = Callable[[list[str]], int]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 SHORT: dict[str, Any] = {
     "trainer.max_epochs": 2,
     "trainer.limit_train_batches": 8,
@@ -48,7 +45,8 @@ def shared(corpus: Path, output_dir: Path, strategy: str, processes: int, **chan
     return arguments(corpus, output_dir, **{**SHORT, **share, **changes})
 
 
-@pytest.mark.parametrize(("strategy", "processes"), [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_the_model_that_one_would(
     strategy: str, processes: int, tmp_path: Path, corpus: Path, cache: Path, train: Train
 ) -> None:
@@ -88,6 +86,7 @@ def children(pid: int) -> list[int]:
     return [int(line) for line in found.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_process_ends_the_job_which_can_be_resumed(
     strategy: str, tmp_path: Path, corpus: Path, cache: Path
