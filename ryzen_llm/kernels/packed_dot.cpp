@@ -4,7 +4,6 @@
 
 #include "tensors.h"
 
-
 namespace {
 
 constexpr int64_t LANES = 8;
@@ -97,10 +96,10 @@ Tensor packed_dot(const Tensor& x, const Tensor& codes, const Tensor& scale, int
   const bool shaped = codes.dim() == 3 && scale.dim() == 2 && x.dim() == 1 && codes.size(1) > 0 &&
                       scale.size(0) == codes.size(0) && scale.size(1) == codes.size(1);
   STD_TORCH_CHECK(shaped && bits >= 1 && bits <= 8 && codes.scalar_type() == ScalarType::Byte &&
-                  x.numel() * bits == codes.size(1) * codes.size(2) * 8 &&
-                  x.numel() / codes.size(1) * (bits & -bits) / 8 % LANES == 0,
-              "packed_dot: x is ", shape(x), ", codes ", shape(codes), " and scale ", shape(scale), " of ", bits,
-              " bits, which do not fit");
+                      x.numel() * bits == codes.size(1) * codes.size(2) * 8 &&
+                      x.numel() / codes.size(1) * (bits & -bits) / 8 % LANES == 0,
+                  "packed_dot: x is ", shape(x), ", codes ", shape(codes), " and scale ", shape(scale), " of ", bits,
+                  " bits, which do not fit");
   Tensor y = torch::stable::new_empty(x, {codes.size(0)}, ScalarType::Float);
   const Tensor numbers = as(ScalarType::Float, x), in_rows = as(ScalarType::Byte, codes);
   if (scale.scalar_type() == ScalarType::BFloat16)
@@ -112,5 +111,7 @@ Tensor packed_dot(const Tensor& x, const Tensor& codes, const Tensor& scale, int
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) { m.def("packed_dot(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
+  m.def("packed_dot(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor");
+}
 STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("packed_dot", TORCH_BOX(&packed_dot)); }

@@ -15,6 +15,8 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #define WITH_AVX2 __attribute__((target("avx2,fma")))
+#else
+#define WITH_AVX2
 #endif
 
 using torch::headeronly::BFloat16;

@@ -224,9 +224,9 @@ Tensor trellis_encode(const Tensor& target, const Tensor& feedback, int64_t bits
   const bool shaped = target.dim() == 2 && feedback.dim() == 2 && feedback.size(0) == target.size(1) &&
                       feedback.size(1) == target.size(1) && target.size(1) > 0 && target.size(1) % 8 == 0;
   STD_TORCH_CHECK(shaped && bits >= 1 && bits <= 4 && target.scalar_type() == ScalarType::Float &&
-                  feedback.scalar_type() == ScalarType::Float,
-              "trellis_encode: target ", shape(target), " and feedback ", shape(feedback), " of ", bits,
-              " bits, which do not fit");
+                      feedback.scalar_type() == ScalarType::Float,
+                  "trellis_encode: target ", shape(target), " and feedback ", shape(feedback), " of ", bits,
+                  " bits, which do not fit");
   const Tensor targets = as(ScalarType::Float, target), rows_of_feedback = as(ScalarType::Float, feedback);
   const int64_t rows = target.size(0), size = target.size(1), bytes = STATE_BYTES + size * bits / 8;
   Tensor codes = torch::stable::new_empty(target, {rows, bytes}, ScalarType::Byte);
@@ -296,10 +296,10 @@ void for_each_row(const Tensor& codes, const Run& run) {
 }
 
 void check(const Tensor& codes, int64_t size, int64_t bits) {
-  STD_TORCH_CHECK(codes.dim() == 2 && bits >= 1 && bits <= 4 && codes.scalar_type() == ScalarType::Byte && size % 8 == 0 &&
-                  codes.size(1) == STATE_BYTES + size * bits / 8,
-              "codes are ", shape(codes), " ", codes.scalar_type(), " of ", bits, " bits for ", size,
-              " columns, which do not fit");
+  STD_TORCH_CHECK(codes.dim() == 2 && bits >= 1 && bits <= 4 && codes.scalar_type() == ScalarType::Byte &&
+                      size % 8 == 0 && codes.size(1) == STATE_BYTES + size * bits / 8,
+                  "codes are ", shape(codes), " ", codes.scalar_type(), " of ", bits, " bits for ", size,
+                  " columns, which do not fit");
 }
 
 Tensor trellis_dot(const Tensor& x, const Tensor& codes, int64_t bits) {
