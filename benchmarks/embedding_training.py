@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> None:
     """Train twins of the same seed, tokens and settings; print and write the paired differences."""
     parser = argparse.ArgumentParser(prog="benchmark.py embedding_training", description=__doc__)
     parser.add_argument("--model", default="tiny", help="a preset's name")
-    parser.add_argument("--layers", type=int, default=2, help="of the model, as in configs/quickstart.yaml")
+    parser.add_argument(
+        "--layers", type=int, help="of the model, if not the preset's; 2 in configs/quickstart.yaml"
+    )
     parser.add_argument("--source", default="stdlib", help="text, as data.source")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context", type=int, default=256)
@@ -128,7 +130,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, tuple[
     config = ModelConfig.from_name(
         options.model,
         vocab_size=data.tokenizer.vocab_size,
-        num_layers=options.layers,
+        **({"num_layers": options.layers} if options.layers else {}),
         embedding=kind,
         embedding_settings=settings or None,
     )

@@ -35,7 +35,6 @@ def _losses(context: ClaimContext, as_trained: bool) -> list[float]:
     for batch in context.val_batches:
         ids = batch.to(context.device)
         autocast = context.autocast() if as_trained else torch.autocast(context.device.type, enabled=False)
-        # As it was trained is with gradients: another graph, without, would compute something else.
-        with shared_compilations(), autocast, torch.set_grad_enabled(as_trained):
-            losses.append(model.loss(ids[:, :-1], ids[:, 1:])[0].item())
+        with shared_compilations(), autocast:
+            losses.append(float(model.evaluation_loss(ids[:, :-1], ids[:, 1:])[0]))
     return losses

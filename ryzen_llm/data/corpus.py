@@ -17,7 +17,7 @@ from ryzen_llm.data.atomic_write import write_atomically
 from ryzen_llm.data.readers import read_documents, supported_suffix, text_of_row
 from ryzen_llm.errors import InputError
 
-# Other people's, tests, and tables of characters, which are an eighth of it and no text.
+# Other people's packages, tests, and tables of characters, which are an eighth of it and no text.
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 _PLAIN_TEXT = {".txt", ".md", ".rst", ".py"}
 
@@ -83,7 +83,10 @@ class FileCorpus(Corpus):
 
 
 class StdlibCorpus(FileCorpus):
-    """The running Python's standard library: its sources, text files and the topics of `help()`."""
+    """The running Python's standard library: its sources, text files and the topics of `help()`.
+
+    Without its tests and its tables of characters.
+    """
 
     def __init__(self) -> None:
         from pydoc_data.topics import topics

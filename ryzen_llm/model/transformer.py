@@ -254,16 +254,23 @@ class Transformer(nn.Module):
         `targets[:, t]` is the token after `input_ids[:, t]`; -100 is left out. Both are scalar tensors, the
         loss fp32, the count int64. Raises InputError as `forward` does.
         """
-        if targets.shape != input_ids.shape or targets.dtype != torch.int64:
-            raise InputError(
-                f"targets are {tuple(targets.shape)} {targets.dtype}, expected int64 shaped like input_ids, "
-                f"{tuple(input_ids.shape)}"
-            )
-        return self.loss_of(self.hidden_states(input_ids), targets)
+        self._check_targets(input_ids, targets)
+        return self._loss_of(self.hidden_states(input_ids), targets)
 
-    def loss_of(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`loss` from `hidden_states`, (batch, time, hidden_size), without any check."""
-        loss: LinearLoss = self.kernels.function("loss", self.compiled)
+    def evaluation_loss(self, input_ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`loss` without a backward to come.
+
+        Compiled blocks are run with gradients all the same: that graph is the one that training compiles, and
+        one without would take as long again.
+        """
+        self._check_targets(input_ids, targets)
+        with torch.set_grad_enabled(self._compiled):
+            hidden_states = self.hidden_states(input_ids).detach()
+        with torch.no_grad():
+            return self._loss_of(hidden_states, targets)
+
+    def _loss_of(self, hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss: LinearLoss = self.kernels.function("loss", self._compiled)
         if self.head is None:
             return self.embedding.loss(hidden_states, targets, loss)
         return loss(hidden_states, self.head.weight, targets)
@@ -281,11 +288,6 @@ class Transformer(nn.Module):
         """
         for region in (*self.blocks, self.norm):
             region.compile()
-
-    @property
-    def compiled(self) -> bool:
-        """Whether `compile_blocks` has been called."""
-        return self.norm._compiled_call_impl is not None
 
     def content_hash(self) -> str:
         """SHA-256 of shape and weights, to tell whether a saved cache is of this model."""
@@ -310,6 +312,18 @@ class Transformer(nn.Module):
         config = self.config
         weights = self.num_parameters(exclude_embedding=not config.tie_embeddings)
         return 6 * weights + 12 * config.num_layers * config.num_heads * config.head_dim * context
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether `compile_blocks` has been called."""
+        return self.norm._compiled_call_impl is not None
+
+    def _check_targets(self, input_ids: Tensor, targets: Tensor) -> None:
+        if targets.shape != input_ids.shape or targets.dtype != torch.int64:
+            raise InputError(
+                f"targets are {tuple(targets.shape)} {targets.dtype}, expected int64 shaped like input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
 
     def _check(self, input_ids: Tensor, cache: KVCache | None) -> None:
         if input_ids.dtype != torch.int64 or input_ids.dim() != 2:

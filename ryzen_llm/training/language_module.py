@@ -89,15 +89,10 @@ class LanguageModule(ScheduledModule):
             self.log("compression_ratio", self.model.embedding.compression_ratio)
 
     def _evaluate(self, batch: Tensor) -> None:
-        input_ids, targets = batch[:, :-1], batch[:, 1:]
-        if self.model.compiled and self.device_mesh is None:
-            # With gradients, the blocks' graph is the one that training has compiled; one without would take
-            # as long again. Where weights are sharded, FSDP would wait for a backward.
-            with torch.enable_grad():
-                hidden_states = self.model.hidden_states(input_ids).detach()
-            loss, correct = self.model.loss_of(hidden_states, targets)
-        else:
-            loss, correct = self.model.loss(input_ids, targets)
+        targets = batch[:, 1:]
+        # Where weights are sharded, FSDP has hooked `loss`, and with gradients would wait for a backward.
+        evaluate = self.model.evaluation_loss if self.device_mesh is None else self.model.loss
+        loss, correct = evaluate(batch[:, :-1], targets)
         self.mean_loss.update(loss, weight=targets.numel())
         self.accuracy.update(correct / targets.numel(), weight=targets.numel())
 

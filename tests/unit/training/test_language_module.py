@@ -19,12 +19,8 @@ def test_validation_takes_the_graph_that_training_compiled(
         count = CompileCounter()  # a backend that counts, and runs what it is given
         monkeypatch.setattr(torch.nn.Module, "compile", lambda region: compile_with(region, backend=count))
         data.prepare_data()
-        settings = {
-            "inference_mode": False,
-            "enable_checkpointing": False,
-            **QUIET,
-        }  # as scripts/train.py has it
-        trainer = Trainer(max_steps=4, val_check_interval=2, **settings)
+        lasting = {"max_steps": 4, "val_check_interval": 2, "enable_checkpointing": False}
+        trainer = Trainer(inference_mode=False, **lasting, **QUIET)  # the mode of scripts/train.py
         trainer.fit(build_module(data, compile=compiled), datamodule=data)
         after_training = count.frame_count
         (found,) = trainer.validate(trainer.lightning_module, datamodule=data, verbose=False)

@@ -34,8 +34,8 @@ def sharded(checkpoint: Checkpoint, tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_reads_as_a_file_does(checkpoint: Checkpoint, sharded: Path) -> None:
-    expected, tokenizer = load_checkpoint(checkpoint[0])
+def assert_reads_as(sharded: Path, file: Path) -> None:
+    expected, tokenizer = load_checkpoint(file)
     for found, other in (load_checkpoint(sharded), load_pretrained(sharded)):
         assert other.to_json() == tokenizer.to_json()
         assert found.config == expected.config
@@ -43,6 +43,10 @@ def test_it_reads_as_a_file_does(checkpoint: Checkpoint, sharded: Path) -> None:
             found.state_dict().items(), expected.state_dict().items(), strict=True
         ):
             assert torch.equal(read, written), name
+
+
+def test_it_reads_as_a_file_does(checkpoint: Checkpoint, sharded: Path) -> None:
+    assert_reads_as(sharded, checkpoint[0])
     assert newest_checkpoint(sharded.parent) == sharded
 
 
@@ -70,7 +74,7 @@ def test_members_of_enums_are_read_as_every_python_writes_them(
         older.setattr(enum, "__reduce_ex__", lambda member, _: Attribute(enum, member.name).__reduce__())
         path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes())))
     assert b"getattr" in path.read_bytes()
-    test_it_reads_as_a_file_does(checkpoint, sharded)
+    assert_reads_as(sharded, checkpoint[0])
     for of, name in ((enum, "__init__"), (dcp_metadata.Metadata, "__init__")):
         path.write_bytes(pickle.dumps(Attribute(of, name)))
         with pytest.raises(InputError, match="asks for '__init__'"):
