@@ -4,30 +4,13 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
+from small_module import QUIET, build_module
 
 from ryzen_llm.data import TextDataModule
-from ryzen_llm.model import ModelConfig
-from ryzen_llm.training import LanguageModule, OptimizerConfig
-
-SHAPE: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_layers": 2,
-    "num_heads": 2,
-    "num_kv_heads": 1,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-}
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+from ryzen_llm.training import LanguageModule
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +40,6 @@ def data(corpus: Path) -> TextDataModule:
     return TextDataModule(
         str(corpus), vocab_size=280, context=16, batch_size=8, val_fraction=0.2, test_fraction=0.2
     )
-
-
-def build_module(data: TextDataModule, **settings: Any) -> LanguageModule:
-    """The tiny model for the data's tokenizer, always with the same weights."""
-    seed_everything(0, verbose=False)
-    config = ModelConfig(vocab_size=data.tokenizer.vocab_size, **SHAPE)
-    return LanguageModule(config, OptimizerConfig(learning_rate=0.01), **settings)
 
 
 @pytest.fixture

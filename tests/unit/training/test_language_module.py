@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import QUIET, build_module
 from lightning.pytorch import Trainer
+from small_module import QUIET, build_module
 from torch._dynamo.testing import CompileCounter
 
 from ryzen_llm.data import TextDataModule
