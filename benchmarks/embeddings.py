@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="more text to calibrate on")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--arms", nargs="+", default=[""], help="only those with one of these in their name")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.45, 3.6, 4.5, 6.0])
     parser.add_argument("--calibration-tokens", type=int, default=49152, help="of each text")
     parser.add_argument("--context", type=int, default=1024, help="tokens a window of scored text")
@@ -108,19 +109,24 @@ def tiered(compressor: EmbeddingCompressor, code: str, ratio: float) -> Embeddin
     return compressor.compress(QuantizedEmbedding, bits=tiers, code=code)
 
 
-def ours(compressor: EmbeddingCompressor, ratios: list[float]) -> dict[str, Callable[[], Embedding]]:
-    """How to make each of this project's arms."""
+def wanted(name: str, options: argparse.Namespace) -> bool:
+    """Whether an arm was asked for."""
+    return any(part in name for part in options.arms)
+
+
+def ours(compressor: EmbeddingCompressor, options: argparse.Namespace) -> dict[str, Callable[[], Embedding]]:
+    """How to make each of this project's arms that were asked for."""
     weight = compressor.weight
     arms: dict[str, Callable[[], Embedding]] = {
         f"quantized, {code}, tiers {ratio}x": functools.partial(tiered, compressor, code, ratio)
         for code in CODES
-        for ratio in ratios
+        for ratio in options.ratios
     }
     arms["quantized, 4 bits"] = lambda: compressor.compress(QuantizedEmbedding, bits=4)
     rank = rank_of(weight, 2.45)
     arms["factorized, whitened, 2.45x"] = lambda: compressor.compress(FactorizedEmbedding, rank=rank)
     arms["product, 3 stages"] = lambda: compressor.compress(ProductEmbedding, stages=3)
-    return arms
+    return {name: make for name, make in arms.items() if wanted(name, options)}
 
 
 def rank_of(weight: Tensor, ratio: float) -> int:
@@ -149,18 +155,24 @@ def quality(
         embedding.weight = torch.nn.Parameter(matrix, requires_grad=False)
         add(name, embedding, size, 0.0)
 
-    for name, make in ours(compressor, options.ratios).items():
+    for name, make in ours(compressor, options).items():
         with console.status(name):
             started = time.perf_counter()
             embedding = make()
             add(name, embedding, embedding.bytes_resident, time.perf_counter() - started)
-    for bits, group in ((8, weight.shape[1]), (4, 32), (4, 64)):
-        add_dense(f"round to nearest, {bits} bits, groups of {group}", *round_to_nearest(weight, bits, group))
-    add_dense("plain SVD, 2.45x", *truncated_svd(weight, 2.45))
+    baselines: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {
+        f"round to nearest, {bits} bits, groups of {group}": functools.partial(
+            round_to_nearest, bits=bits, group=group
+        )
+        for bits, group in ((8, weight.shape[1]), (4, 32), (4, 64))
+    }
+    baselines["plain SVD, 2.45x"] = functools.partial(truncated_svd, ratio=2.45)
     skipped = {}
-    for name, peer in PEERS.items():
+    for name, make_dense in {**baselines, **PEERS}.items():
+        if not wanted(name, options):
+            continue
         try:
-            add_dense(name, *peer(weight))
+            add_dense(name, *make_dense(weight))
         except Exception as error:  # whatever a peer lacks on this machine
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             console.print(f"{name}: skipped ({skipped[name]})")
@@ -205,7 +217,7 @@ def speed(
         "dense bf16": copy.deepcopy(dense).to(torch.bfloat16),
         "dense fp32": dense,
     }
-    arms = ours(compressor, options.ratios)
+    arms = ours(compressor, options)
     embeddings |= {name: copy.deepcopy(make()).to(dtype) for name, make in arms.items()}
     states = torch.randn(1, compressor.weight.shape[1])
     hidden = {name: states.to(next(e.parameters()).dtype) for name, e in embeddings.items()}
@@ -260,6 +272,8 @@ def healed(
         table.add_column(heading, justify="right")
     rows: list[dict[str, Any]] = []
     for name, make in kinds.items():
+        if not wanted(name, options):
+            continue
         trainable = make()
         before = compressor.apply(trainable.compressed())
         started = time.perf_counter()
