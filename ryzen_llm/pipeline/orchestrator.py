@@ -298,7 +298,9 @@ class Orchestrator:
         model = self._trained_model()
         prompt = torch.tensor(data.tokenizer.encode_prompt(self.config.options.prompt))
         room = model.config.max_position_embeddings - len(prompt)
-        generation = Generator(model).generate(
+        # Without bf16 arithmetic, setup has said so.
+        weights = "bf16" if supports_bf16(next(model.parameters()).device) else "fp32"
+        generation = Generator(model, weights=weights).generate(
             prompt, max_new_tokens=min(_SAMPLE_TOKENS, room), temperature=0.7, top_p=0.9, seed=0
         )
         self.sample = data.tokenizer.decode(generation.ids[0].tolist())
