@@ -45,17 +45,26 @@ def shared(corpus: Path, output_dir: Path, strategy: str, processes: int, **chan
     return arguments(corpus, output_dir, **{**SHORT, **share, **changes})
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "embedding", "processes"),
+    [
+        ("ddp", "dense", 2),
+        ("fsdp", "dense", 2),
+        ("ddp", "quantized", 2),  # rounded in its last steps
+        pytest.param("ddp", "dense", 4, marks=pytest.mark.slow),
+        pytest.param("fsdp", "dense", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_several_processes_train_the_model_that_one_would(
-    strategy: str, processes: int, tmp_path: Path, corpus: Path, cache: Path, train: Train
+    strategy: str, embedding: str, processes: int, tmp_path: Path, corpus: Path, cache: Path, train: Train
 ) -> None:
     several, one = tmp_path / "several", tmp_path / "one"
-    with start(shared(corpus, several, strategy, processes), cache) as running:
+    model = {"model.embedding": embedding}
+    with start(shared(corpus, several, strategy, processes, **model), cache) as running:
         stdout, stderr = running.communicate(timeout=300)
     assert running.returncode == 0, stderr
     assert stdout.count("The model writes:") == 1
-    assert train(arguments(corpus, one, **SHORT, **{"data.batch_size": 8})) == 0
+    assert train(arguments(corpus, one, **SHORT, **model, **{"data.batch_size": 8})) == 0
 
     checkpoint = several / "checkpoints" / "step=16.ckpt"
     assert len(list(checkpoint.glob("*.distcp"))) == (processes if strategy == "fsdp" else 0)

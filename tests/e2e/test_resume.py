@@ -33,14 +33,21 @@ def half(self):
     commit(self)
 LocalFileOpener.commit = half
 """
+
+
+def killed_at_step(step: int) -> str:
+    """Killed there, before its gradients."""
+    return f"""
+from ryzen_llm.training import LanguageModule
+step = LanguageModule.training_step
+LanguageModule.training_step = lambda self, *a: die() if self.global_step == {step} else step(self, *a)
+"""
+
+
 MOMENTS = {
     "storing the corpus": "from ryzen_llm.data.tokenizer import Tokenizer as c; c.save = die",
     "the first step": "from ryzen_llm.training import LanguageModule as c; c.training_step = die",
-    "between checkpoints": """
-from ryzen_llm.training import LanguageModule
-step = LanguageModule.training_step
-LanguageModule.training_step = lambda self, *a: die() if self.global_step == 17 else step(self, *a)
-""",
+    "between checkpoints": killed_at_step(17),
     "removing an old checkpoint": """
 from lightning.pytorch.callbacks import ModelCheckpoint
 ModelCheckpoint._remove_checkpoint = die
@@ -90,6 +97,19 @@ def test_killed_while_it_writes_a_checkpoint(
         assert train([*command, "--resume"]) == 0
     assert "resuming from step=7.ckpt" in capsys.readouterr().out
     assert_same_outcome(tmp_path / "out", finished)
+
+
+def test_killed_where_an_embedding_begins_to_be_rounded(
+    tmp_path: Path, corpus: Path, cache: Path, train: Train
+) -> None:
+    """The checkpoint of that step, 70% of 40, is not rounded yet: a resumed run begins to."""
+    quantised = {"model.embedding": "quantized", "phases": "training"}
+    assert train(arguments(corpus, tmp_path / "undisturbed", **quantised)) == 0
+    command = arguments(corpus, tmp_path / "out", **quantised)
+    kill_in(killed_at_step(28), command, {"RYZEN_LLM_CACHE": str(cache)})
+    assert (tmp_path / "out" / "checkpoints" / "step=28.ckpt").exists()
+    assert train([*command, "--resume"]) == 0
+    assert_same_outcome(tmp_path / "out", tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
