@@ -10,6 +10,8 @@ from ryzen_llm.kernels import Stored
 
 _STEPS = 255 / 15
 """Steps of an 8-bit code in one of a 4-bit code."""
+_SHARE = 0.96
+"""Of the range of 64 normal numbers: 16 steps have the least squared error there, 5% less than at 1."""
 
 
 class Int4(Format):
@@ -40,18 +42,34 @@ class Int4(Format):
         )
 
     def encode(self, x: Tensor) -> Stored:
-        """See `Format.encode`."""
+        """See `Format.encode`: on a grid of 96% of the range, then on the one that fits these codes in least
+        squares.
+        """
         x = x.float()
-        minimum = x.amin(-1).half()
-        scale = ((x.amax(-1) - minimum.float()) / 15).clamp(min=LEAST_SCALE).half()
-        steps = (x - minimum.float()[..., None]) / scale.float()[..., None]
-        # Scale and minimum are rounded, so codes may come out a little beyond 0 and 15.
-        low, high = steps[..., self._fine :].round().clamp(0, 15).to(torch.uint8).chunk(2, -1)
-        codes = low | (high << 4)
+        spread = x.amax(-1) - x.amin(-1)
+        scale, minimum = _stored(_SHARE * spread / 15, x.amin(-1) + (1 - _SHARE) / 2 * spread)
+        codes = self._rounded(x, scale, minimum)
+        # Sums in fp64 are the same fp16 in any order: in one pass over many tokens and in many over one.
+        values, middle = x.double(), codes.double().mean(-1)
+        centred = codes - middle[..., None]
+        # All codes are the same where all channels are: nothing over nothing, but for the clamp.
+        slope = (centred * values).sum(-1) / centred.square().sum(-1).clamp(min=1e-6)
+        scale, minimum = _stored(slope, values.mean(-1) - slope * middle)
+        codes = self._rounded(x, scale, minimum)
+        low, high = codes[..., self._fine :].to(torch.uint8).chunk(2, -1)
+        packed = low | (high << 4)
         if self._fine:
-            fine = (steps[..., : self._fine] * _STEPS).round().clamp(0, 255).to(torch.uint8)
-            codes = torch.cat(((fine >> 4) | ((fine & 15) << 4), codes), -1)
-        return Stored(codes, scale, minimum)
+            fine = (codes[..., : self._fine] * _STEPS).round().to(torch.uint8)
+            packed = torch.cat(((fine >> 4) | ((fine & 15) << 4), packed), -1)
+        return Stored(packed, scale, minimum)
+
+    def _rounded(self, x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+        """The place of each channel on the grid, from 0 to 15 in fp32."""
+        steps = ((x - minimum.float()[..., None]) / scale.float()[..., None]).clamp(0, 15)
+        if not self._fine:
+            return steps.round()
+        fine = (steps[..., : self._fine] * _STEPS).round() / _STEPS
+        return torch.cat((fine, steps[..., self._fine :].round()), -1)
 
     def as_codes(self, x: Tensor) -> Tensor:
         """See `Format.as_codes`: the fine channels twice, in front of either half of the others."""
@@ -66,3 +84,7 @@ class Int4(Format):
             return x
         fine, (low, high) = x[..., : self._fine], x[..., self._fine :].chunk(2, -1)
         return torch.cat((fine * first, low, fine * second, high), -1)
+
+
+def _stored(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+    return scale.clamp(min=LEAST_SCALE).half(), minimum.half()
