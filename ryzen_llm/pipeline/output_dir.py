@@ -11,6 +11,8 @@ from filelock import FileLock, Timeout
 
 from ryzen_llm.errors import InputError
 
+_LOCK = ".lock"
+
 
 @contextmanager
 def claim_output_dir(path: Path, keep: bool) -> Iterator[None]:
@@ -22,35 +24,43 @@ def claim_output_dir(path: Path, keep: bool) -> Iterator[None]:
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"output_dir {path}: is a file, expected a folder or a name that is free")
-    lock = FileLock(path.parent / f".{path.name}.lock")
+    lock = _locked(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_nothing(path.parent)  # where nothing can be written, the lock seems to be taken
+        if not keep and any(each.name != _LOCK for each in path.iterdir()):
+            lock = _moved_aside(path, lock)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # it is gone where the folder is
+        lock.release()
+
+
+def _locked(path: Path) -> FileLock:
+    """Make the folder, and take its lock, which is the operating system's: a killed run holds none."""
+    lock = FileLock(path / _LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_nothing(path)  # where nothing can be written, the lock seems to be taken
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"output_dir {path}: another run is writing to it; choose another folder") from None
     except OSError as error:
         raise _unwritable(path, error) from error
-    try:
-        _prepare(path, keep)
-        yield
-    finally:
-        Path(lock.lock_file).unlink()
-        lock.release()
+    return lock
 
 
-def _prepare(path: Path, keep: bool) -> None:
+def _moved_aside(path: Path, lock: FileLock) -> FileLock:
+    """Rename the folder, and lock a new one; the old one is locked until it has its new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
     try:
-        if not keep and path.is_dir() and any(path.iterdir()):
-            number = 1
-            while (aside := path.with_name(f"{path.name}-{number}")).exists():
-                number += 1
-            path.rename(aside)
-            print(f"{path} holds an earlier run: moved to {aside}")
-        path.mkdir(exist_ok=True)
-        _write_nothing(path)
+        path.rename(aside)
     except OSError as error:
         raise _unwritable(path, error) from error
+    print(f"{path} holds an earlier run: moved to {aside}")
+    (aside / _LOCK).unlink()
+    lock.release()
+    return _locked(path)
 
 
 def _write_nothing(folder: Path) -> None:

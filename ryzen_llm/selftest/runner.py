@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +75,12 @@ class IntegrationTestRunner:
         ]
         output = io.StringIO()
         started = time.perf_counter()
-        with patch.dict(os.environ, isolated), contextlib.redirect_stdout(output):
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            patch.dict(os.environ, isolated),
+            contextlib.redirect_stdout(output),
+        ):
+            options.append(f"--basetemp={temporary}/pytest")  # pytest's own would be left there
             code = pytest.main([*options, *map(str, self.files)], plugins=[plugin])
         # pytest would take another folder's file of the same name for the one it has imported already.
         files = {str(file.resolve()) for file in self.files}

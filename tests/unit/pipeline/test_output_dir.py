@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,12 +30,13 @@ def test_an_earlier_run_moves_to_the_first_free_name(
     out = tmp_path / "runs" / "out"
     for number in range(3):
         with claim_output_dir(out, keep=False):
-            assert list(out.iterdir()) == []
+            assert [path.name for path in out.iterdir()] == [".lock"]
             write(out, f"run {number}")
         said = capsys.readouterr().out
         assert (str(out.with_name(f"out-{number}")) in said) == (number > 0)
     assert [read(out.with_name(name)) for name in ("out-1", "out-2", "out")] == ["run 0", "run 1", "run 2"]
-    assert {path.name for path in out.parent.iterdir()} == {"out", "out-1", "out-2"}, "no lock is left"
+    assert {path.name for path in out.parent.iterdir()} == {"out", "out-1", "out-2"}
+    assert not list(out.parent.glob("*/.lock"))
 
 
 def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
@@ -76,8 +78,15 @@ def test_a_run_that_failed_or_was_killed_holds_nothing(tmp_path: Path) -> None:
     search = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     killed = subprocess.run([sys.executable, "-c", hold, str(out)], env=search, check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL
+    assert (out / ".lock").exists()
     with claim_output_dir(out, keep=False):
         pass
+    assert list(tmp_path.iterdir()) == [out], "a lock alone is no earlier run"
+
+
+def test_a_folder_removed_in_mid_run_can_be_left(tmp_path: Path) -> None:
+    with claim_output_dir(tmp_path / "out", keep=False):
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_error(
@@ -91,7 +100,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(
     message = "output_dir {}: cannot be written ({}); choose another folder"
     with pytest.raises(InputError) as below_a_file, claim_output_dir(Path("/dev/null/out"), keep=False):
         pass
-    assert str(below_a_file.value) == message.format("/dev/null/out", "File exists")
+    assert str(below_a_file.value) == message.format("/dev/null/out", "Not a directory")
     with pytest.raises(InputError) as in_proc, claim_output_dir(Path("/proc/out"), keep=False):
         pass
     assert "/proc/out: cannot be written" in str(in_proc.value)
