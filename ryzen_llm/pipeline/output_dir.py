@@ -30,8 +30,9 @@ def claim_output_dir(path: Path, keep: bool) -> Iterator[None]:
             lock = _moved_aside(path, lock)
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # it is gone where the folder is
-        lock.release()
+        if lock.is_locked:  # or else the file there is another run's
+            Path(lock.lock_file).unlink(missing_ok=True)  # it is gone where the folder is
+            lock.release()
 
 
 def _locked(path: Path) -> FileLock:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,28 @@ def test_a_run_that_failed_or_was_killed_holds_nothing(tmp_path: Path) -> None:
     with claim_output_dir(out, keep=False):
         pass
     assert list(tmp_path.iterdir()) == [out], "a lock alone is no earlier run"
+
+
+def test_a_run_that_began_in_between_keeps_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment after an earlier run was moved aside, when the folder is nobody's."""
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out, "run 0")
+    rename, others = Path.rename, ExitStack()
+
+    def rename_and_begin(self: Path, target: Path) -> Path:
+        moved = rename(self, target)
+        others.enter_context(claim_output_dir(out, keep=False))
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename_and_begin)
+    refused = pytest.raises(InputError, match="another run is writing to it")
+    with others:
+        for _ in range(2):
+            with refused, claim_output_dir(out, keep=False):
+                pass
+            assert (out / ".lock").exists()
+    assert read(tmp_path / "out-1") == "run 0"
 
 
 def test_a_folder_removed_in_mid_run_can_be_left(tmp_path: Path) -> None:
