@@ -160,22 +160,23 @@ def quality(
             started = time.perf_counter()
             embedding = make()
             add(name, embedding, embedding.bytes_resident, time.perf_counter() - started)
-    baselines: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {
-        f"round to nearest, {bits} bits, groups of {group}": functools.partial(
-            round_to_nearest, bits=bits, group=group
-        )
-        for bits, group in ((8, weight.shape[1]), (4, 32), (4, 64))
-    }
-    baselines["plain SVD, 2.45x"] = functools.partial(truncated_svd, ratio=2.45)
+    for bits, group in ((8, weight.shape[1]), (4, 32), (4, 64)):
+        name = f"round to nearest, {bits} bits, groups of {group}"
+        if wanted(name, options):
+            add_dense(name, *round_to_nearest(weight, bits, group))
+    if wanted("plain SVD, 2.45x", options):
+        add_dense("plain SVD, 2.45x", *truncated_svd(weight, 2.45))
     skipped = {}
-    for name, make_dense in {**baselines, **PEERS}.items():
+    for name, peer in PEERS.items():
         if not wanted(name, options):
             continue
         try:
-            add_dense(name, *make_dense(weight))
+            add_dense(name, *peer(weight))
         except Exception as error:  # whatever a peer lacks on this machine
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             console.print(f"{name}: skipped ({skipped[name]})")
+    if not models:
+        raise InputError(f"--arms {' '.join(options.arms)}: no arm has one of these in its name")
     with console.status("scoring"):
         qualities = measure(compressor.model, models, scored)
     table = Table(title=f"{scored.numel()} tokens not calibrated on, against dense bf16")
