@@ -1,5 +1,6 @@
 """The Walsh-Hadamard rotation, which spreads an outlier over all channels (QuaRot, arXiv:2404.00456)."""
 
+import functools
 import math
 
 import torch
@@ -26,13 +27,15 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.matmul(x.float(), matrix.float())
 
 
-_MATRICES: dict[tuple[int, torch.device], Tensor] = {}  # a dict, since Dynamo sees through functools.cache
-
-
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matrix(size: int, device: torch.device) -> Tensor:
-    if (size, device) not in _MATRICES:
+    return _made(size, device)
+
+
+@functools.cache
+def _made(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # whoever asks for it first, a training can ask next
         matrix = torch.ones(1, 1, device=device)
         while len(matrix) < size:
             matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-        _MATRICES[size, device] = matrix / math.sqrt(size)
-    return _MATRICES[size, device]
+        return matrix / math.sqrt(size)

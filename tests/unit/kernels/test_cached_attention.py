@@ -11,6 +11,7 @@ import torch
 
 from ryzen_llm.kernels import cached_attention, hadamard
 from ryzen_llm.kernels.cached_attention import reference
+from ryzen_llm.kernels.hadamard import _made
 
 sys.path.append(str(Path(__file__).parent))
 from random_cache import FORMATS, PAIRS, SETTINGS, case
@@ -62,6 +63,19 @@ def test_the_hadamard_rotation_is_orthonormal_and_its_own_inverse() -> None:
     spike = torch.zeros(64)
     spike[5] = 8.0
     assert torch.allclose(hadamard(spike).abs(), torch.ones(64)), "an outlier is spread over all channels"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_rotation_first_used_in_inference_can_be_trained_through(compiled: bool) -> None:
+    """Its matrix is kept for the process: generation, then training, in one process failed in autograd."""
+    _made.cache_clear()
+    form = torch.compile(hadamard, fullgraph=True) if compiled else hadamard
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        form(x)
+    x.requires_grad_()
+    form(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach(), atol=1e-5, rtol=1e-5)
 
 
 triton_kernel = pytest.importorskip("ryzen_llm.kernels.cached_attention_triton", reason="needs triton")
