@@ -263,8 +263,15 @@ class Orchestrator:
             self.console.print(f"validation loss before training: {initial_val_loss:.3f} nats per token")
         try:
             train(self.trainer, self.module, data, self.resume_from)
-        except RuntimeError as error:
-            if self.trainer.world_size > 1:  # the error does not say which process is gone
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # PyTorch names a worker that is gone, unless its pipe breaks before its end is noticed.
+            broken_pipe = isinstance(error, (ConnectionError, EOFError))
+            if data.num_workers and (broken_pipe or "DataLoader worker" in str(error)):
+                error.add_note(
+                    "A DataLoader worker was ended from outside, often for want of memory: go on from the "
+                    "last checkpoint with --resume, or with fewer data.num_workers."
+                )
+            elif self.trainer.world_size > 1:  # the error does not say which process is gone
                 error.add_note(
                     f"One of the {self.trainer.world_size} processes may have ended: see what it printed, "
                     "and go on from the last checkpoint with --resume."
