@@ -7,7 +7,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class KernelOptimizer:
         device: Where it will train; if not given, where the model is.
         seconds: After these no other form is tried. Most of it is compiling, whose results the compiler's
             own cache keeps: an op that was not finished has the rules of thumb, and the next run goes on.
+            What the compiler builds for itself when it is first used here, such as precompiled headers, is
+            not counted: training would have to wait for it too.
         cache_dir: Folder of the measurements; if not given, $RYZEN_LLM_CACHE or ~/.cache/ryzen_llm.
 
     Raises InputError for sizes below one.
@@ -87,7 +89,7 @@ class KernelOptimizer:
         `on_op` is called with (op, ops done, ops in all) before each.
         """
         ops = ops_of(self.workload)
-        self._deadline = time.perf_counter() + self.seconds
+        self._deadline: float | None = None  # until the first op that has to be measured
         choices = []
         for done, op in enumerate(ops):
             on_op(op, done, len(ops))
@@ -130,6 +132,9 @@ class KernelOptimizer:
                     marker.write_text(name, encoding="utf-8")
 
             try:
+                if self._deadline is None:
+                    _start_compiler(self.workload)
+                    self._deadline = time.perf_counter() + self.seconds
                 trials = _quietly(op, self.workload, on_trial, fatal, self._deadline)
             finally:
                 on_trial(None)
@@ -145,6 +150,12 @@ class KernelOptimizer:
             if writable and name:
                 write_json(path, {"key": key, "choice": choice.model_dump()})
             return choice
+
+
+def _start_compiler(work: Workload) -> None:
+    if work.compiled:
+        with suppress(Exception):  # the trials say why nothing can be compiled
+            torch.compile(torch.neg)(torch.zeros(64, device=work.device))
 
 
 def _quietly(
