@@ -268,8 +268,8 @@ class Orchestrator:
             broken_pipe = isinstance(error, (ConnectionError, EOFError))
             if data.num_workers and (broken_pipe or "DataLoader worker" in str(error)):
                 error.add_note(
-                    "A DataLoader worker was ended from outside, often for want of memory: go on from the "
-                    "last checkpoint with --resume, or with fewer data.num_workers."
+                    "A DataLoader worker was probably ended from outside, as is done for want of memory: "
+                    "go on from the last checkpoint with --resume, or with fewer data.num_workers."
                 )
             elif self.trainer.world_size > 1:  # the error does not say which process is gone
                 error.add_note(
