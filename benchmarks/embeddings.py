@@ -37,6 +37,8 @@ from ryzen_llm.model.embedding import (
 from ryzen_llm.training import EmbeddingCompressor, choose_precision, heal, measure
 
 PARTS = ("quality", "speed", "heal")
+LEAST = 0.02
+"""Per cent, at the foot of the plot."""
 
 
 def main(arguments: list[str]) -> None:
@@ -315,14 +317,16 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
         if "skipped" in row:
             continue
         tiers = "tiers" in row["name"]
-        change = max(100 * row["perplexity_increase"], 0.01)
+        change = max(100 * row["perplexity_increase"], LEAST)
         axes.plot(row["ratio"], change, "o" if tiers else "x", color="tab:blue" if tiers else "tab:gray")
-        offset = (4, -9) if "trellis" in row["name"] else (4, 4)  # below the grid's at the same ratio
+        below = "trellis" in row["name"] and change > LEAST  # of the grid's at the same ratio
+        above = "nf4" in row["name"]  # of what is rounded to nearest
+        offset = (4, -9 if below else 13 if above else 4)
         axes.annotate(
             row["name"], (row["ratio"], change), fontsize=7, xytext=offset, textcoords="offset points"
         )
     for row in found.get("healed", []):
-        change = max(100 * row["after"]["perplexity_increase"], 0.01)
+        change = max(100 * row["after"]["perplexity_increase"], LEAST)
         axes.plot(row["ratio"], change, "*", color="tab:green", markersize=12)
         label = f"{row['name']}, healed"
         axes.annotate(label, (row["ratio"], change), fontsize=7, xytext=(4, 4), textcoords="offset points")
@@ -330,9 +334,9 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
     axes.set(
         yscale="log",
         xlim=(1.5, 1.25 * max(row.get("ratio", 0) for row in found["quality"])),  # with room for the labels
-        ylim=(0.02, 300),  # what destroys the model is off the plot
+        ylim=(LEAST, 300),  # what destroys the model is off the plot
         xlabel="dense bf16 bytes over resident bytes",
-        ylabel="increase of perplexity, %",
+        ylabel=f"increase of perplexity, %, or {LEAST} where it is less",
         title=f"{found['model']}: embedding size against quality",
     )
     figure.tight_layout()

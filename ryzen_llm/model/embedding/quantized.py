@@ -30,7 +30,7 @@ from ryzen_llm.model.embedding.error_feedback import (
     to_codes,
 )
 from ryzen_llm.model.embedding.rotation import rotate, rotate_back
-from ryzen_llm.model.embedding.tiers import Tiers, check_tiers, in_trellis, sensitivity
+from ryzen_llm.model.embedding.tiers import Tiers, check_tiers, in_trellis, position_dtype, sensitivity
 
 CODES = ("trellis", "grid")
 """From the one with the smaller error to the one that can be trained."""
@@ -106,8 +106,8 @@ class QuantizedEmbedding(CompressedEmbedding):
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (hidden_size,), generator=draw, dtype=torch.int8, device="cpu") * 2 - 1
         self.register_buffer("signs", signs if rotate else None)
-        index = torch.uint16 if vocab_size <= 2**16 else torch.int32
-        self.register_buffer("position", torch.arange(vocab_size).to(index) if reordered else None)
+        order = torch.arange(vocab_size).to(position_dtype(vocab_size))
+        self.register_buffer("position", order if reordered else None)
         self._rounds = True
         self.weight: nn.Parameter | None = None
         self.log_scale: nn.Parameter | None = None

@@ -55,8 +55,10 @@ def allocate_bits(
     costs = sensitivity(weight, calibration).double().sort(descending=True).values
     errors = [_TRELLIS_ERRORS[b] if in_trellis(code, b) else _GRID_ERRORS[b] for b in WIDTHS]
     factors = torch.tensor(errors, dtype=torch.float64)
-    # Beside its codes, a row has a scale and a position.
-    row_sizes = [(trellis_bytes if in_trellis(code, b) else _grid_bytes)(hidden_size, b) + 4 for b in WIDTHS]
+    beside = 2 + position_dtype(vocab_size).itemsize  # a scale and a position
+    row_sizes = [
+        (trellis_bytes if in_trellis(code, b) else _grid_bytes)(hidden_size, b) + beside for b in WIDTHS
+    ]
     sizes = torch.tensor(row_sizes, dtype=torch.float64)
 
     def size(chosen: Tensor) -> int:
@@ -79,6 +81,11 @@ def allocate_bits(
         )
     counts = [(int((chosen == i).sum()), bits) for i, bits in enumerate(WIDTHS)]
     return [[rows, bits] for rows, bits in reversed(counts) if rows]
+
+
+def position_dtype(vocab_size: int) -> torch.dtype:
+    """Of the place that a token's row has in the order of tiers."""
+    return torch.uint16 if vocab_size <= 2**16 else torch.int32
 
 
 def in_trellis(code: str, bits: int) -> bool:

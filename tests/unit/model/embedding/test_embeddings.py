@@ -219,6 +219,15 @@ def test_tiers_by_frequency_beat_equal_bits_at_no_more_bytes() -> None:
     assert costs[0] < costs[1]
 
 
+def test_what_is_asked_for_fits_where_positions_take_four_bytes() -> None:
+    """As in a vocabulary of more than 2^16, such as Gemma's."""
+    weight = dense(vocab=70_000)
+    text = calibration(vocab=70_000)
+    tiers = allocate_bits(weight, text, 2 * weight.numel() // 4)
+    made = QuantizedEmbedding.from_dense(weight, text, bits=tiers).to(torch.bfloat16)
+    assert 0.999 * weight.numel() / 2 < made.bytes_resident <= weight.numel() / 2
+
+
 @pytest.mark.parametrize("bits", [3, [[16, 6], [80, 3]]])
 def test_what_all_rows_have_in_common_costs_no_bits(bits: int | list[list[int]]) -> None:
     """Shifted by one vector ten times as long as a row, the rows are as exact as before."""
