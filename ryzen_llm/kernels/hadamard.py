@@ -29,11 +29,11 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matrix(size: int, device: torch.device) -> Tensor:
-    return _made(size, device)
+    return _kept_matrix(size, device)  # Dynamo would trace through the cache and make it anew in each graph
 
 
 @functools.cache
-def _made(size: int, device: torch.device) -> Tensor:
+def _kept_matrix(size: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # whoever asks for it first, a training can ask next
         matrix = torch.ones(1, 1, device=device)
         while len(matrix) < size:

@@ -11,7 +11,7 @@ import torch
 
 from ryzen_llm.kernels import cached_attention, hadamard
 from ryzen_llm.kernels.cached_attention import reference
-from ryzen_llm.kernels.hadamard import _made
+from ryzen_llm.kernels.hadamard import _kept_matrix
 
 sys.path.append(str(Path(__file__).parent))
 from random_cache import FORMATS, PAIRS, SETTINGS, case
@@ -68,7 +68,7 @@ def test_the_hadamard_rotation_is_orthonormal_and_its_own_inverse() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_rotation_first_used_in_inference_can_be_trained_through(compiled: bool) -> None:
     """Its matrix is kept for the process: generation, then training, in one process failed in autograd."""
-    _made.cache_clear()
+    _kept_matrix.cache_clear()
     form = torch.compile(hadamard, fullgraph=True) if compiled else hadamard
     x = torch.randn(3, 64)
     with torch.inference_mode():
