@@ -363,11 +363,13 @@ class Orchestrator:
             self.validation = validator.validate()
 
     def _self_tests(self) -> IntegrationTestRunner:
+        # A checkpoint of this run is kept relative to output_dir (see checkpoint above).
+        from_elsewhere = self.checkpoint is not None and Path(self.checkpoint).is_absolute()
         return IntegrationTestRunner(
             self._trained_model(),
             self.config.data.tokenizer,
             self._batches("val", 1),
-            self.output_dir / TRAINING_REPORT,
+            None if from_elsewhere else self.output_dir / TRAINING_REPORT,
             str(self.trainer.precision),
         )
 

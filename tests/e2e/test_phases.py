@@ -87,7 +87,7 @@ def test_a_checkpoint_from_elsewhere_is_measured_in_a_folder_of_its_own(
     )
     final = report(tmp_path / "own", "phase2_final_report")
     assert final["checkpoint"] == str(checkpoint)
-    assert final["tests"]["total"] == 16
+    assert final["tests"]["passed"] == 16
     assert final["accuracy"]["val_loss"] is None
     assert final["accuracy"]["reason"] == "neither training nor validation is in --phases"
 
