@@ -20,9 +20,9 @@ def hadamard(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
     """x M in fp32: `x` (..., rows, size), `matrix` (..., size, size), whose leading sizes broadcast."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         # Multiply-and-sum, so that Inductor fuses it with what comes before and after: for the few rows of a
-        # decoding step that is cheaper than a call into a matrix library.
+        # decoding step that is cheaper than a call into a matrix library. Training has many rows.
         return (x.float()[..., None, :] * matrix.mT[..., None, :, :]).sum(-1)
     return torch.matmul(x.float(), matrix.float())
 

@@ -46,11 +46,11 @@ class QuantizedEmbedding(CompressedEmbedding):
 
     It has two forms. To be trained, it holds `weight` and rounds it as it is used, with gradients straight
     through (Bengio et al. 2013, arXiv:1308.3432) and learned scales (as in LSQ, Esser et al. 2019,
-    arXiv:1902.08153); in a training that calls `at_step`, in the last part of it only. `compressed()` and
-    `from_dense` give the packed form, in which nothing dense is left and nothing is trained: see
-    `ryzen_llm.kernels.packed_rows`. Both live in a rotated basis. Tiers of few bits can be in trellis codes,
-    which have about half of the grids' error (`ryzen_llm.kernels.trellis_rows`): these are made from a dense
-    matrix, and not trained.
+    arXiv:1902.08153); in a training that calls `at_step`, in the last part of it only, until which it computes
+    to the bit what a dense embedding of the same seed does. `compressed()` and `from_dense` give the packed
+    form, in which nothing dense is left and nothing is trained: see `ryzen_llm.kernels.packed_rows`. Codes,
+    scales and centres are in a rotated basis. Tiers of few bits can be in trellis codes, which have about half
+    of the grids' error (`ryzen_llm.kernels.trellis_rows`): these are made from a dense matrix, and not trained.
 
     Args:
         vocab_size: Number of token ids.
@@ -155,7 +155,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         scales = []
         for i, (start, stop, bits) in enumerate(made._spans):
             values, scale = quantise_rows(weight[start:stop] - made.centre[i], hessian, bits, made.group)
-            made.weight[start:stop] = values
+            made.weight[start:stop] = made._rotated_back(values)
             scales.append(scale)
         made.log_scale.copy_(torch.cat(scales).log().flatten())
         return made
@@ -188,7 +188,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         if self.position is not None:
             rows = self.position[rows].long()
         if self.weight is not None:
-            values = self._rounded(rows)
+            values = self._trained(rows)
         elif len(self.tiers) == 1:
             values = packed_lookup(rows, self._rows(0)) + self.centre[0]
         else:
@@ -198,15 +198,15 @@ class QuantizedEmbedding(CompressedEmbedding):
                 mine = (rows >= start) & (rows < stop)
                 found = packed_lookup((rows - start).clamp(0, stop - start - 1), self._rows(i))
                 values = torch.where(mine[:, None], found + self.centre[i], values)
-        if self.signs is not None:
-            values = rotate_back(values, self.signs).to(values.dtype)
+        if self._rounds:
+            values = self._rotated_back(values)
         return values.view(*input_ids.shape, self.hidden_size)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """See `Embedding.logits`."""
-        x = self._rotated(hidden_states).reshape(-1, self.hidden_size)
+        x = self._as_weight(hidden_states).reshape(-1, self.hidden_size)
         if self.weight is not None:
-            logits = F.linear(x, self._rounded().to(x.dtype))
+            logits = F.linear(x, self._trained().to(x.dtype))
         else:
             common = torch.split(F.linear(x, self.centre.to(x.dtype)), 1, -1)
             logits = torch.cat([packed_linear(x, self._rows(i)) + c for i, c in enumerate(common)], -1)
@@ -222,7 +222,7 @@ class QuantizedEmbedding(CompressedEmbedding):
             return super().loss(hidden_states, targets, loss)
         if self.position is not None:
             targets = torch.where(targets < 0, targets, self.position[targets.clamp(min=0)].long())
-        return loss(self._rotated(hidden_states), self._rounded(), targets)
+        return loss(self._as_weight(hidden_states), self._trained(), targets)
 
     @torch.no_grad()
     def at_step(self, step: int, steps: int) -> None:
@@ -248,17 +248,17 @@ class QuantizedEmbedding(CompressedEmbedding):
         assert self.weight is not None
         assert self.log_scale is not None
         for i, (start, stop, _) in enumerate(self._spans):
-            rows = self.weight[start:stop] + self.centre[i]
-            self.centre[i] = rows.mean(0)
-            self.weight[start:stop] = rows - self.centre[i]
+            mean = self.weight[start:stop].mean(0)
+            self.centre[i] += self._rotated(mean)
+            self.weight[start:stop] -= mean
         self.log_scale.copy_(self._gaussian_scales())
 
     @torch.no_grad()
     def _gaussian_scales(self) -> Tensor:
         """The logarithm of each row's and group's scale, as `log_scale`."""
         assert self.weight is not None
-        spans = self._spans
-        scales = [gaussian_scale(self.weight[start:stop], b, self.group) for start, stop, b in spans]
+        weight, spans = self._rotated(self.weight), self._spans
+        scales = [gaussian_scale(weight[start:stop], bits, self.group) for start, stop, bits in spans]
         return torch.cat(scales).log().flatten()
 
     @property
@@ -276,37 +276,49 @@ class QuantizedEmbedding(CompressedEmbedding):
         self.get_buffer(f"codes_{tier}").copy_(codes)
         self.get_parameter(f"scale_{tier}").copy_(scale)
 
-    def _rotated(self, hidden_states: Tensor) -> Tensor:
-        if self.signs is None:
-            return hidden_states
-        return rotate(hidden_states, self.signs).to(hidden_states.dtype)
+    def _as_weight(self, hidden_states: Tensor) -> Tensor:
+        """`hidden_states` in the basis of the rows that they are multiplied with: see `_trained`."""
+        return self._rotated(hidden_states) if self._rounds else hidden_states
 
-    def _rounded(self, rows: Tensor | None = None) -> Tensor:
-        """`weight`, or some rows of it, on its grid, in fp32 or wider."""
+    def _rotated(self, x: Tensor) -> Tensor:
+        """`x` (..., hidden_size) in the basis of the codes, in its dtype."""
+        return x if self.signs is None else rotate(x, self.signs).to(x.dtype)
+
+    def _rotated_back(self, x: Tensor) -> Tensor:
+        return x if self.signs is None else rotate_back(x, self.signs).to(x.dtype)
+
+    def _trained(self, rows: Tensor | None = None) -> Tensor:
+        """What stands for `weight`, or for some rows of it, in fp32 or wider: on its grid and in the basis of
+        the codes, or before rounding has begun as it is.
+        """
         assert self.weight is not None
         assert self.log_scale is not None
         counts = [n for n, _ in self.tiers]
-        most = torch.cat([torch.full((n,), 2.0**bits - 1) for n, bits in self.tiers]).to(self.weight.device)
         weight: Tensor = self.weight
-        scale = self.log_scale.view(self.vocab_size, -1)
         # Rounded as it will be stored; the gradient passes.
         centre = self.centre + (self.centre.bfloat16() - self.centre).detach()
+        if not self._rounds:
+            centre = self._rotated_back(centre).detach()
         if rows is None:
             centre = torch.cat([c.expand(n, -1) for c, n in zip(centre, counts, strict=True)])
         else:
             tier = torch.bucketize(rows, torch.tensor(counts, device=rows.device).cumsum(0), right=True)
-            weight, scale, centre = (
-                F.embedding(at, x) for at, x in ((rows, weight), (rows, scale), (tier, centre))
-            )
-            most = most[rows]
+            weight, centre = F.embedding(rows, weight), F.embedding(tier, centre)
+        if not self._rounds:
+            # Centres and scales take part, as a distributed training expects of every parameter.
+            return weight + centre + 0.0 * (self.centre.sum() + self.log_scale.sum())
+        with torch.autocast(weight.device.type, enabled=False):  # grids are finer than bf16
+            weight = self._rotated(weight)
+        scale = self.log_scale.view(self.vocab_size, -1)
+        most = torch.cat([torch.full((n,), 2.0**bits - 1) for n, bits in self.tiers]).to(weight.device)
+        if rows is not None:
+            scale, most = F.embedding(rows, scale), most[rows]
         most = most[:, None, None]
         scale = scale.exp()
         scale = (scale + (scale.bfloat16() - scale).detach())[..., None]
         places = torch.clamp(torch.unflatten(weight, -1, (-1, self.group)) / scale + most / 2, most * 0, most)
         places = places + (places.round() - places).detach()
-        rounded = ((places - most / 2) * scale).flatten(-2) + centre
-        # Centres and scales take part, as a distributed training expects of every parameter.
-        return rounded if self._rounds else weight + centre.detach() + 0.0 * rounded
+        return ((places - most / 2) * scale).flatten(-2) + centre
 
     @torch.no_grad()
     def _packed(self) -> Self:
@@ -317,8 +329,9 @@ class QuantizedEmbedding(CompressedEmbedding):
             made.position.copy_(self.position)
         made.centre.copy_(self.centre.bfloat16())
         scales = self.log_scale.exp().view(self.vocab_size, -1).bfloat16().float()
+        weight = self._rotated(self.weight.float())
         for i, (start, stop, bits) in enumerate(self._spans):
-            codes = to_codes(self.weight[start:stop].float(), scales[start:stop], bits)
+            codes = to_codes(weight[start:stop], scales[start:stop], bits)
             made._set_tier(i, pack(codes, bits), scales[start:stop])
         return made.to(self.weight.device)
 

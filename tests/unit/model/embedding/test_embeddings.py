@@ -170,6 +170,28 @@ def test_rounding_begins_late_with_grids_that_fit_by_then(name: str) -> None:
     torch.testing.assert_close(embedding.dense_weight(), begun, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["quantized", "quantized in tiers", "quantized in groups"])
+def test_until_rounding_begins_training_is_that_of_the_dense_twin(name: str) -> None:
+    """To the bit, from the same seed: what a pair then differs by is what rounding costs."""
+    losses = {}
+    for kind in ("dense", name):
+        torch.manual_seed(0)
+        model = Transformer(config(kind))
+        ids = torch.randint(VOCAB, (4, 17), generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses[kind] = []
+        for step in range(10):
+            model.embedding.at_step(step, 10)
+            loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[kind].append(loss.item())
+    assert losses[name][:7] == losses["dense"][:7]
+    assert losses[name][7] != losses["dense"][7]
+
+
 def test_what_is_saved_before_rounding_begins_can_be_rounded() -> None:
     """Saving changes nothing in training, and the loaded one has grids that fit."""
     embedding = build("quantized")
