@@ -91,8 +91,9 @@ def main(arguments: list[str]) -> None:
         found["speed"] = speed(compressor, options, console)
     if "heal" in options.parts:
         found["healed"] = healed(compressor, text, scored, options, console)
-    found["settings"] = found.get("settings", {}) | dict.fromkeys(options.parts, settings_of(options))
-    found["environment"] = describe_environment()
+    measured = {"settings": settings_of(options), "environments": describe_environment()}
+    for key, value in measured.items():
+        found[key] = found.get(key, {}) | dict.fromkeys(options.parts, value)
     write_json(options.out, found)
     console.print(f"written: {options.out}")
     plot(found, options.out.with_suffix(".png"), console)

@@ -33,6 +33,7 @@ from ryzen_llm.model import Transformer
 
 PARTS = ("memory", "quality", "speed", "profile")
 KINDS = ("dense", "int8", "k8v4", "int4", "int4-sinks")
+CALIBRATED = "int4-sinks, calibrated"
 Kinds = str | Sequence[str | LayerFormat]
 
 
@@ -129,8 +130,7 @@ def quality(
     with console.status("measuring each layer in each format"):
         optimizer = KVCacheOptimizer(model, ids[-context:][None])
         choices = [optimizer.choose(saving=saving) for saving in options.savings]
-    calibrated = optimizer.formats(["int4-sinks"] * model.config.num_layers)
-    arms.append(("int4-sinks, calibrated", calibrated))
+    arms.append((CALIBRATED, optimizer.formats(["int4-sinks"] * model.config.num_layers)))
     arms += [(f"optimised {choice.saving:.1%}", choice.formats) for choice in choices]
     losses: dict[str, list[float]] = {name: [] for name, _ in arms}
     divergences: dict[str, list[float]] = {name: [] for name, _ in arms}
@@ -186,9 +186,12 @@ def speed(
     prompts = {length: ids[:length] for length in options.decode_lengths}
     arms: dict[str, Arm] = {}
     absent: dict[str, str] = {}
-    for kind in options.kinds:
-        generator = Generator(model, cache=kind, weights=options.weights, compile=True)
-        arms[f"ours {kind}"] = _ours(generator, options.new_tokens)
+    optimizer = KVCacheOptimizer(model, ids[-options.context :][None])
+    kinds: dict[str, Kinds] = {kind: kind for kind in options.kinds}
+    kinds[CALIBRATED] = optimizer.formats(["int4-sinks"] * model.config.num_layers)
+    for name, cache in kinds.items():
+        generator = Generator(model, cache=cache, weights=options.weights, compile=True)
+        arms[f"ours {name}"] = _ours(generator, options.new_tokens)
     for peer in options.peers:
         try:
             arms[peer] = build_peer(

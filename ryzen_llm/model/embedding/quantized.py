@@ -46,11 +46,12 @@ class QuantizedEmbedding(CompressedEmbedding):
 
     It has two forms. To be trained, it holds `weight` and rounds it as it is used, with gradients straight
     through (Bengio et al. 2013, arXiv:1308.3432) and learned scales (as in LSQ, Esser et al. 2019,
-    arXiv:1902.08153); in a training that calls `at_step`, in the last part of it only, until which it computes
-    to the bit what a dense embedding of the same seed does. `compressed()` and `from_dense` give the packed
-    form, in which nothing dense is left and nothing is trained: see `ryzen_llm.kernels.packed_rows`. Codes,
-    scales and centres are in a rotated basis. Tiers of few bits can be in trellis codes, which have about half
-    of the grids' error (`ryzen_llm.kernels.trellis_rows`): these are made from a dense matrix, and not trained.
+    arXiv:1902.08153); in a training that calls `at_step`, in the last part of it only, until which it
+    computes to the bit what a dense embedding of the same seed does. `compressed()` and `from_dense` give the
+    packed form, in which nothing dense is left and nothing is trained: see `ryzen_llm.kernels.packed_rows`.
+    Codes, scales and centres are in a rotated basis. Tiers of few bits can be in trellis codes, which have
+    about half of the grids' error (`ryzen_llm.kernels.trellis_rows`): these are made from a dense matrix, and
+    not trained.
 
     Args:
         vocab_size: Number of token ids.
@@ -282,7 +283,8 @@ class QuantizedEmbedding(CompressedEmbedding):
 
     def _rotated(self, x: Tensor) -> Tensor:
         """`x` (..., hidden_size) in the basis of the codes, in its dtype."""
-        return x if self.signs is None else rotate(x, self.signs).to(x.dtype)
+        # On the meta device, where a model is built that gets its weights later, signs are still values.
+        return x if self.signs is None else rotate(x, self.signs.to(x.device)).to(x.dtype)
 
     def _rotated_back(self, x: Tensor) -> Tensor:
         return x if self.signs is None else rotate_back(x, self.signs).to(x.dtype)

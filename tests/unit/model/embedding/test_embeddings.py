@@ -113,6 +113,16 @@ def test_a_checkpoint_holds_the_form_it_was_saved_in(name: str, packed: bool) ->
     assert loaded.embedding.bytes_resident == model.embedding.bytes_resident
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_model_of_any_kind_takes_weights_that_come_later(name: str) -> None:
+    """Built on the meta device, as by `load_pretrained`, with values in nothing that is not saved."""
+    model = Transformer(config(name))
+    with torch.device("meta"):
+        empty = Transformer(config(name))
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty.embedding.dense_weight(), model.embedding.dense_weight())
+
+
 @pytest.mark.parametrize("name", ["factorized", "product", "quantized", "quantized in tiers"])
 def test_packing_changes_nothing(name: str) -> None:
     torch.testing.assert_close(
