@@ -1,12 +1,14 @@
 """The model over a fixed number of tokens of each text: one compiled graph for each such width."""
 
+import hashlib
+import inspect
 import time
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.decoding.cuda_graph import GraphedStep
@@ -35,13 +37,24 @@ class FixedWidthPass:
 
     The whole pass is one graph: a graph a block would pay for Python and guards once a block. On CUDA it is
     recorded and replayed, and the results are overwritten by the next call.
+
+    `model` is not to be changed afterwards: before each call Dynamo would look at every attribute of every
+    module, which takes longer than attention does, and looks at `layout` instead. Models of one share graphs.
     """
 
     def __init__(self, model: Transformer, device: torch.device, compile: bool) -> None:
         self.model = model
         self.device = device
         self.compile = compile
-        self._run = torch.compile(self._forward, fullgraph=True, dynamic=False) if compile else self._forward
+        self.layout = layout_of(model)
+        self._run = self._forward
+        if compile:
+            self._run = torch.compile(
+                self._forward,
+                fullgraph=True,
+                dynamic=False,
+                options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+            )
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
@@ -91,6 +104,21 @@ class FixedWidthPass:
         return seconds
 
     def _forward(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerCache]) -> Outcome:
+        if not self.layout:  # read here, so that the graph is for this layout only
+            raise AssertionError("a model has a layout")
         hidden_states = self.model.run_blocks(tokens, positions, layers)
         logits = self.model.logits(hidden_states)
         return Outcome(logits, hidden_states, logits.argmax(-1), logits.isfinite().all())
+
+
+def layout_of(model: nn.Module) -> str:
+    """A hash of all that a model's compiled graphs depend on: everything but its tensors' values."""
+    digest = hashlib.sha256()
+    everywhere = vars(nn.Module()).keys()
+    for path, module in model.named_modules():
+        own = {key: value for key, value in vars(module).items() if key not in everywhere}
+        named = {k: (v.__module__, v.__qualname__) if inspect.isfunction(v) else v for k, v in own.items()}
+        digest.update(f"{path} {type(module)} {module.training} {named}".encode())
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{path} {tensor.shape} {tensor.stride()} {tensor.dtype} {tensor.device}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""A compiled pass looks at a model's layout, not at its modules, and must not take another model's graph."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from ryzen_llm.decoding import Generator
+from ryzen_llm.model import ModelConfig, Transformer
+
+
+def build(seed: int = 0, rms_norm_eps: float = 1e-5) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(
+        ModelConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            rms_norm_eps=rms_norm_eps,
+        )
+    )
+
+
+def without_positions(model: Transformer) -> Transformer:
+    for block in model.blocks:
+        block.attention.rotary = False  # an attribute that no config names
+    return model
+
+
+OTHERS: dict[str, Callable[[], tuple[Transformer, str]]] = {
+    "a constant": lambda: (build(rms_norm_eps=1.0), "fp32"),
+    "an attribute": lambda: (without_positions(build()), "fp32"),
+    "the weights' kind": lambda: (build(), "int4"),
+}
+
+
+def logits(generator: Generator) -> torch.Tensor:
+    with torch.inference_mode():
+        return generator.fixed_width(torch.tensor([[3, 1, 4, 1]]), generator.new_cache(1, 8)).logits
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_only_models_that_differ_in_values_alone_share_graphs(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one's logits are those of its own uncompiled pass, whichever was compiled before it."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    compiled = []
+    for model, weights in ((build(), "fp32"), (build(seed=1), "fp32"), OTHERS[other](), (build(), "fp32")):
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        found = logits(Generator(model, weights=weights, compile=True))
+        exact = found.dtype == torch.float32
+        expected = logits(Generator(model, weights=weights))
+        torch.testing.assert_close(
+            found, expected, atol=1e-5 if exact else 1e-3, rtol=1e-5 if exact else 0.02
+        )
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    assert compiled == [1, 0, 1, 0]
