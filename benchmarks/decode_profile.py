@@ -60,17 +60,12 @@ def profile_decoding(generator: Generator, prompt: Tensor) -> dict[str, Any]:
 
 def _part(name: str) -> str | None:
     """What a kernel of the step is for; None for what is not a kernel."""
-    if (
-        "int4_linear" in name
-        or "pack_mm" in name
-        or name in ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
-    ):
-        return "products with weights"
-    if "cpp_fused" not in name:
-        return None
-    if "softmax" in name or "index_copy" in name:
-        return "attention and cache (fused)"
-    return "norms, rotation, gates, sampling (fused)"
+    if "cpp_fused" in name:  # and then the names of the ops around it
+        return "norms, rotation, gates, cache writes, sampling (fused)"
+    if name == "ryzen_llm::cached_attention":
+        return "attention"
+    products = ("ryzen_llm::int4_linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    return "products with weights" if name in products or "pack_mm" in name else None
 
 
 def _weight_bytes(generator: Generator) -> int:

@@ -334,7 +334,7 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
     axes.axhline(1, color="tab:red", linewidth=0.5)
     axes.set(
         yscale="log",
-        xlim=(1.5, 1.25 * max(row.get("ratio", 0) for row in found["quality"])),  # with room for the labels
+        xlim=(1.5, 1.35 * max(row.get("ratio", 0) for row in found["quality"])),  # with room for the labels
         ylim=(LEAST, 300),  # what destroys the model is off the plot
         xlabel="dense bf16 bytes over resident bytes",
         ylabel=f"increase of perplexity, %, or {LEAST} where it is less",

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp
+
 KEY_BLOCK = 512
 QUERY_BLOCK = 512
-MOST_FUSED_ROWS = 64
-MOST_DENSE_FUSED_ROWS = 8
-"""Beyond, a library's attention on keys as they are beats Inductor's loops, which take each row by itself."""
+MOST_ROWS = 64
+"""Queries of a key head for which there are kernels of our own; beyond, matrix products are faster."""
 
 
 class Stored(NamedTuple):
@@ -98,7 +99,7 @@ def cached_attention(
     Returns the context (batch, heads, time, head_dim), typed like `queries`.
     """
     num_sinks = 0 if sinks is None else sinks[0].shape[2]
-    few = _rows(queries, keys) <= MOST_FUSED_ROWS
+    few = _rows(queries, keys) <= MOST_ROWS
     if few and queries.device.type == "cuda":
         from ryzen_llm.kernels.cached_attention_triton import decode  # Triton is there on Linux only
 
@@ -107,13 +108,17 @@ def cached_attention(
             parts.append((Stored(sinks[0]), Stored(sinks[1]), 0, 0))
         decoded: Tensor = decode(queries, parts, positions, window)
         return decoded
+    if few and _suits_cpp(queries, keys, values) and is_in_cpp():
+        sink_keys, sink_values = sinks or (None, None)
+        attended: Tensor = torch.ops.ryzen_llm.cached_attention(
+            queries, *keys, *values, sink_keys, sink_values, positions, ring, window
+        )
+        return attended.transpose(1, 2)
     segments = [(keys, values, _visible(positions, keys.codes.shape[2], ring, window, num_sinks))]
     if sinks is not None:
         seen = _visible(positions, num_sinks, 0, window, 0)
         segments.insert(0, (Stored(sinks[0]), Stored(sinks[1]), seen))
     dense = sinks is None and keys.scale is None and values.scale is None
-    if few and torch.compiler.is_compiling() and not (dense and _rows(queries, keys) > MOST_DENSE_FUSED_ROWS):
-        return _fused(queries, segments)
     if dense and few:
         return _grouped(queries, keys.codes, values.codes, segments[0][2])
     if dense:
@@ -159,6 +164,17 @@ def _rows(queries: Tensor, keys: Stored) -> int:
     return queries.shape[1] // keys.codes.shape[1] * queries.shape[2]
 
 
+def _suits_cpp(queries: Tensor, keys: Stored, values: Stored) -> bool:
+    """Whether the op in C++ takes them; it has no gradient."""
+    if queries.device.type != "cpu" or (torch.is_grad_enabled() and queries.requires_grad):
+        return False
+    known = {torch.float32, torch.bfloat16}
+    return queries.dtype in known and {keys.codes.dtype, values.codes.dtype} <= known | {
+        torch.int8,
+        torch.uint8,
+    }
+
+
 def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: int) -> Tensor:
     """Which slots each query sees, (1 or batch, time, slots) bool."""
     held = torch.arange(slots, device=positions.device)[None]
@@ -169,47 +185,6 @@ def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: i
     distances = positions[:, :, None] - held[:, None]
     seen = (distances >= 0) & (held[:, None] >= num_sinks)
     return seen & (distances < window) if window else seen
-
-
-def _fused(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Multiply-and-sum, which Inductor turns into loops that read each code once and write only scores."""
-    batch, heads, time, width = queries.shape
-    kv_heads, head_dim = segments[0][0].codes.shape[1], segments[0][1].width
-    q = queries.reshape(batch, kv_heads, -1, width).float() * head_dim**-0.5
-    groups = heads // kv_heads
-
-    def scores(keys: Stored, seen: Tensor) -> Tensor:
-        codes = keys.codes[:, :, None]
-        if keys.packed:
-            low, high = q[..., None, :].chunk(2, -1)
-            products = low * (codes & 15).float() + high * (codes >> 4).float()
-        else:
-            products = q[..., None, :] * codes.float()
-        s: Tensor = products.sum(-1)
-        if keys.scale is not None:
-            s = s * keys.scale.float()[:, :, None]
-        if keys.minimum is not None:
-            s = s + q.sum(-1, keepdim=True) * keys.minimum.float()[:, :, None]
-        s = s.view(batch, kv_heads, groups, time, -1)
-        return s.masked_fill(~seen[:, None, None], -torch.inf).flatten(2, 3)
-
-    def mix(p: Tensor, values: Stored) -> Tensor:
-        codes = values.codes[:, :, None]
-        weighted = (p if values.scale is None else p * values.scale.float()[:, :, None])[..., None]
-        if values.packed:
-            low = (weighted * (codes & 15).float()).sum(-2)
-            context = torch.cat((low, (weighted * (codes >> 4).float()).sum(-2)), -1)
-        else:
-            context = (weighted * codes.float()).sum(-2)
-        if values.minimum is not None:
-            context = context + (p * values.minimum.float()[:, :, None]).sum(-1, keepdim=True)
-        return context
-
-    p = torch.cat([scores(keys, seen) for keys, _, seen in segments], -1).softmax(-1)
-    parts = torch.split(p, [keys.codes.shape[2] for keys, _, _ in segments], -1)
-    mixed = [mix(part, values) for part, (_, values, _) in zip(parts, segments, strict=True)]
-    context = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
-    return context.reshape(batch, heads, time, head_dim).to(queries.dtype)
 
 
 def _grouped(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

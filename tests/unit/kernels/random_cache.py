@@ -34,9 +34,10 @@ def case(
     length: int = 150,
     time: int = 1,
     ring: int = 0,
+    room: int = 160,
     ragged: bool = False,
 ) -> dict[str, Any]:
-    """A cache of random tokens, `length` of them read by `time` queries at its end, in 160 slots."""
+    """A cache of random tokens, `length` of them read by `time` queries at its end, in `room` slots."""
     draw = torch.Generator().manual_seed(length + time)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -44,7 +45,7 @@ def case(
 
     ends = torch.tensor([[length], [length - 7 if ragged else length]])
     positions = ends - time + torch.arange(time)
-    slots = ring or 160
+    slots = ring or room
     return {
         "queries": FORMATS[keys].against_codes(2 * normal(heads, time, head_dim)),
         "keys": FORMATS[keys].encode(normal(kv_heads, slots, head_dim)),
@@ -61,4 +62,5 @@ SETTINGS: list[dict[str, Any]] = [
     {"ring": 60, "length": 150},
     {"ring": 60, "length": 40, "time": 3, "ragged": True},
     {"head_dim": 24, "kv_heads": 1},
+    {"length": 700, "room": 720, "time": 3, "ragged": True},
 ]

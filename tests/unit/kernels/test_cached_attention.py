@@ -11,6 +11,7 @@ import torch
 
 from ryzen_llm.kernels import cached_attention, hadamard
 from ryzen_llm.kernels.cached_attention import reference
+from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp
 from ryzen_llm.kernels.hadamard import _kept_matrix
 
 sys.path.append(str(Path(__file__).parent))
@@ -25,9 +26,18 @@ from random_cache import FORMATS, PAIRS, SETTINGS, case
     ids=str,
 )
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
-def test_blocks_give_attention_on_the_dequantised_cache(
-    keys: str, values: str, setting: dict[str, Any], window: int, sinks: int
+@pytest.mark.parametrize("in_cpp", [True, False])
+def test_it_is_attention_on_the_dequantised_cache(
+    in_cpp: bool,
+    keys: str,
+    values: str,
+    setting: dict[str, Any],
+    window: int,
+    sinks: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    module = sys.modules["ryzen_llm.kernels.cached_attention"]  # which the function hides
+    monkeypatch.setattr(module, "is_in_cpp", lambda: in_cpp and is_in_cpp())
     arguments = case(keys, values, **setting) | {"window": window}
     if sinks:
         arguments["sinks"] = tuple(
@@ -35,6 +45,47 @@ def test_blocks_give_attention_on_the_dequantised_cache(
             for stored in (arguments["keys"], arguments["values"])
         )
     torch.testing.assert_close(cached_attention(**arguments), reference(**arguments), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if not s.get("ring")], ids=str)
+@pytest.mark.parametrize(("keys", "values"), PAIRS)
+def test_a_query_gives_the_same_alone_and_with_others(
+    keys: str, values: str, setting: dict[str, Any]
+) -> None:
+    """To the bit, so that a pass over drafted tokens scores them as plain decoding does."""
+    arguments = case(keys, values, **setting | {"time": 7})
+    together = cached_attention(**arguments)
+    queries, positions = arguments["queries"], arguments["positions"]
+    for t in range(7):
+        one = arguments | {"queries": queries[:, :, t : t + 1], "positions": positions[:, t : t + 1]}
+        assert torch.equal(cached_attention(**one), together[:, :, t : t + 1])
+
+
+def test_bf16_is_rounded_once() -> None:
+    """Sums are fp32 whatever the queries and the cache are."""
+    arguments = case("dense", "dense", time=3, head_dim=64)
+    short = {name: arguments[name].map(torch.Tensor.bfloat16) for name in ("keys", "values")}
+    short["queries"] = arguments["queries"].bfloat16()
+    exact = reference(**arguments | short | {"queries": short["queries"].double()})
+    got = cached_attention(**arguments | short)
+    assert got.dtype == torch.bfloat16
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"queries": torch.randn(2, 6, 1, 24)},
+        {"queries": torch.randn(2, 5, 1, 16)},
+        {"positions": torch.zeros(2, 3, dtype=torch.int64)},
+        {"positions": torch.zeros(1, 1, dtype=torch.int32)},
+        {"values": FORMATS["dense"].encode(torch.randn(2, 2, 100, 16))},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_what_does_not_fit_is_refused_before_it_is_read(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RuntimeError, match="cached_attention: queries"):
+        cached_attention(**case("int8", "int8") | wrong)
 
 
 def test_many_queries_and_keys_are_done_block_by_block() -> None:

@@ -1,0 +1,32 @@
+"""`cached_attention` of a few queries on a CPU, in C++: codes are unpacked once for all queries of a head."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.kernels.cpp_extension import compile_beside
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_in_cpp() -> bool:
+    """Whether the op is there; compiles it in a machine's first call, some ten seconds."""
+    return _is_compiled()
+
+
+@functools.cache
+def _is_compiled() -> bool:
+    if not compile_beside(__file__, "attention over a cache takes PyTorch's ops, slowly"):
+        return False
+    torch.library.register_fake("ryzen_llm::cached_attention", _shape)
+    return True
+
+
+def _shape(queries: Tensor, *others: Tensor | int | None) -> Tensor:
+    value_codes = others[3]
+    assert isinstance(value_codes, Tensor)
+    head_dim = value_codes.shape[-1] * (2 if value_codes.dtype == torch.uint8 else 1)
+    batch, heads, time, _ = queries.shape
+    return queries.new_empty(batch, time, heads, head_dim)
