@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp
+from ryzen_llm.kernels.cached_attention_cpu import attend, is_in_cpp
 
 KEY_BLOCK = 512
 QUERY_BLOCK = 512
@@ -108,12 +108,9 @@ def cached_attention(
             parts.append((Stored(sinks[0]), Stored(sinks[1]), 0, 0))
         decoded: Tensor = decode(queries, parts, positions, window)
         return decoded
-    if few and _suits_cpp(queries, keys, values) and is_in_cpp():
-        sink_keys, sink_values = sinks or (None, None)
-        attended: Tensor = torch.ops.ryzen_llm.cached_attention(
-            queries, *keys, *values, sink_keys, sink_values, positions, ring, window
-        )
-        return attended.transpose(1, 2)
+    # What is not compiled needs no C++ compiler.
+    if few and torch.compiler.is_compiling() and _suits_cpp(queries, keys, values) and is_in_cpp():
+        return attend(queries, keys, values, positions, ring=ring, window=window, sinks=sinks)
     segments = [(keys, values, _visible(positions, keys.codes.shape[2], ring, window, num_sinks))]
     if sinks is not None:
         seen = _visible(positions, num_sinks, 0, window, 0)
@@ -223,12 +220,14 @@ def _in_blocks(queries: Tensor, segments: Sequence[Segment]) -> Tensor:
     highest = q.new_full((*q.shape[:-1], 1), -torch.inf)
     total = torch.zeros_like(highest)
     context = q.new_zeros(*q.shape[:-1], head_dim)
+    compiled = torch.compiler.is_compiling()  # then the number of slots is open, and nothing is looked at
     for keys, values, seen in segments:
-        for start in range(0, keys.codes.shape[2], KEY_BLOCK):
-            block = seen[:, :, start : start + KEY_BLOCK]
-            if queries.device.type == "cpu" and not block.any():
+        size = keys.codes.shape[2] if compiled else KEY_BLOCK
+        for start in (0,) if compiled else range(0, keys.codes.shape[2], KEY_BLOCK):
+            block = seen[:, :, start : start + size]
+            if queries.device.type == "cpu" and not compiled and not block.any():
                 continue
-            k, v = (stored.slots(start, start + KEY_BLOCK) for stored in (keys, values))
+            k, v = (stored.slots(start, start + size) for stored in (keys, values))
             s = q @ k.unpacked(torch.float32).mT
             if k.scale is not None:
                 s = s * k.scale.float()[:, :, None]

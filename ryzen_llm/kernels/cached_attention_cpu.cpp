@@ -32,6 +32,13 @@ typedef int16_t Shorts __attribute__((vector_size(32)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int8_t SignedBytes __attribute__((vector_size(16)));
 
+// Lanes of two vectors, by number.
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICKED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICKED(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
+#endif
+
 enum class Codes { FP32, BF16, INT8, INT4 };
 
 // Keys or values, (heads, slots, width), of all texts.

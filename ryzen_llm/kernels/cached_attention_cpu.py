@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,28 @@ from ryzen_llm.kernels.cpp_extension import compile_beside
 def is_in_cpp() -> bool:
     """Whether the op is there; compiles it in a machine's first call, some ten seconds."""
     return _is_compiled()
+
+
+def attend(
+    queries: Tensor,
+    keys: Sequence[Tensor | None],
+    values: Sequence[Tensor | None],
+    positions: Tensor,
+    *,
+    ring: int = 0,
+    window: int = 0,
+    sinks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`cached_attention` of fp32 or bf16 queries, without a gradient.
+
+    Keys and values are `Stored`, contiguous, with codes in fp32, bf16, int8 or packed. A query's result does
+    not depend on how many others there are. Raises RuntimeError for what does not fit.
+    """
+    sink_keys, sink_values = sinks or (None, None)
+    attended: Tensor = torch.ops.ryzen_llm.cached_attention(
+        queries, *keys, *values, sink_keys, sink_values, positions, ring, window
+    )
+    return attended.transpose(1, 2)
 
 
 @functools.cache

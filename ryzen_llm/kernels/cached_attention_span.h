@@ -64,23 +64,22 @@ INLINE void widen(const uint16_t* from, int64_t row, int64_t count, float otherw
   }
 }
 
-INLINE Floats halved(Floats a, Floats b, Ints first, int step) {
-  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + step);
-}
-
 // The sums of sixteen vectors, in a tree: at each level a vector has the sums of twice as many, in half as many lanes.
 INLINE Floats summed(Floats* x) {
-  constexpr Ints eight = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-  constexpr Ints four = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
-  constexpr Ints two = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
-  constexpr Ints one = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) x[i] = halved(x[2 * i], x[2 * i + 1], eight, 8);
+  for (int i = 0; i < 8; ++i)
+    x[i] = PICKED(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           PICKED(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) x[i] = halved(x[2 * i], x[2 * i + 1], four, 4);
+  for (int i = 0; i < 4; ++i)
+    x[i] = PICKED(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           PICKED(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) x[i] = halved(x[2 * i], x[2 * i + 1], two, 2);
-  return halved(x[0], x[1], one, 1);
+  for (int i = 0; i < 2; ++i)
+    x[i] = PICKED(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           PICKED(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  return PICKED(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         PICKED(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 INLINE Floats exponential(Floats x) {  // of what is not positive
