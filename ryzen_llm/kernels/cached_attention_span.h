@@ -16,7 +16,8 @@ INLINE Floats converted(const uint8_t* bytes, bool high) {
   if constexpr (CODES == Codes::BF16) return (Floats)(__builtin_convertvector(load<Halves>(bytes), Ints) << 16);
   // By way of 16 bits: GCC 12 widens bytes to 32 one by one.
   if constexpr (CODES == Codes::INT8)
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(load<SignedBytes>(bytes), Shorts), Ints), Floats);
+    return __builtin_convertvector(
+        __builtin_convertvector(__builtin_convertvector(load<SignedBytes>(bytes), Shorts), Ints), Floats);
   const Halves pair = __builtin_convertvector(load<Bytes>(bytes), Halves);
   return __builtin_convertvector(__builtin_convertvector(high ? pair >> 4 : pair & 15, Ints), Floats);
 }
@@ -155,15 +156,17 @@ void attend(const Task& task, const Scratch& scratch) {
     for (int64_t k = 0; k < CHUNK; ++k) held[k] = k < count ? task.held[start + k] : -1;
     for (int64_t r = 0; r < task.rows; ++r) {
       Floats* s = scores + r * parts;
-      Floats most = all(NOTHING);
+      Floats most = all(NOTHING), spoilt = {};
       for (int64_t i = 0; i < parts; ++i) {
         const Ints at = load<Ints>(held + i * LANES);
         const Ints hidden = (at < task.seen[r].first) | (at > task.seen[r].last) | (at < 0);
         s[i] = hidden ? all(NOTHING) : s[i] * scale[i] + task.query_sums[r] * minimum[i];
         most = s[i] > most ? s[i] : most;
+        spoilt += hidden ? Floats{} : s[i] - s[i];  // NaN of what is not finite, which no comparison would find
       }
-      float highest = task.sums[r].highest;
-      for (int64_t i = 0; i < LANES; ++i) highest = std::max(highest, most[i]);
+      float highest = task.sums[r].highest, not_a_number = 0;
+      for (int64_t i = 0; i < LANES; ++i) highest = std::max(highest, most[i]), not_a_number += spoilt[i];
+      if (std::isnan(not_a_number)) task.sums[r] = {highest = std::max(highest, 0.0f), not_a_number};
       if (highest == NOTHING) {
         for (int64_t i = 0; i < parts; ++i) s[i] = Floats{};
         continue;

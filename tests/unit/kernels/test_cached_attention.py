@@ -90,6 +90,16 @@ def test_what_does_not_fit_is_refused_before_it_is_read(wrong: dict[str, Any]) -
         attend(**case("int8", "int8") | wrong)
 
 
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+@pytest.mark.parametrize("slot", [3, 128, 256])
+def test_keys_that_are_no_numbers_do_not_get_lost(damage: float, slot: int) -> None:
+    """Also where a chunk or a span has no others, whose largest score no comparison finds."""
+    assert is_in_cpp()
+    arguments = case("dense", "dense", length=slot + 1, room=300)
+    arguments["keys"].codes[:, :, slot] = damage
+    assert attend(**arguments).isnan().all()
+
+
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
 def test_the_op_is_what_it_is_registered_as(keys: str, values: str) -> None:
     """That it changes nothing that it is given, and gives what its fake says."""
