@@ -165,11 +165,9 @@ def _suits_cpp(queries: Tensor, keys: Stored, values: Stored) -> bool:
     """Whether the op in C++ takes them; it has no gradient."""
     if queries.device.type != "cpu" or (torch.is_grad_enabled() and queries.requires_grad):
         return False
-    known = {torch.float32, torch.bfloat16}
-    return queries.dtype in known and {keys.codes.dtype, values.codes.dtype} <= known | {
-        torch.int8,
-        torch.uint8,
-    }
+    floating = {torch.float32, torch.bfloat16}
+    codes = {keys.codes.dtype, values.codes.dtype}
+    return queries.dtype in floating and codes <= {*floating, torch.int8, torch.uint8}
 
 
 def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: int) -> Tensor:

@@ -363,7 +363,7 @@ class Orchestrator:
             self.validation = validator.validate()
 
     def _self_tests(self) -> IntegrationTestRunner:
-        # A checkpoint of this run is kept relative to output_dir (see checkpoint above).
+        # One of this run is named relative to output_dir; another's training report is not here.
         from_elsewhere = self.checkpoint is not None and Path(self.checkpoint).is_absolute()
         return IntegrationTestRunner(
             self._trained_model(),

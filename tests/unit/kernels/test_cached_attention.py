@@ -102,7 +102,7 @@ def test_keys_that_are_no_numbers_do_not_get_lost(damage: float, slot: int) -> N
 
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
 def test_the_op_is_what_it_is_registered_as(keys: str, values: str) -> None:
-    """That it changes nothing that it is given, and gives what its fake says."""
+    """That it changes nothing that it is given, and that shape and dtype are those that tracing goes by."""
     assert is_in_cpp()
     arguments = case(keys, values, time=3)
     parts = (arguments["queries"], *arguments["keys"], *arguments["values"], None, None)
