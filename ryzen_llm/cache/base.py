@@ -73,8 +73,9 @@ class Transform:
     inverse: Tensor
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Offset, matrix and inverse on `device`."""
-        return self.offset.to(device), self.matrix.to(device), self.inverse.to(device)
+        """Offset, and what keys and queries are multiplied by, on `device`."""
+        queries = self.inverse.mT
+        return self.offset.to(device), self.matrix.contiguous().to(device), queries.contiguous().to(device)
 
 
 @dataclass(frozen=True)

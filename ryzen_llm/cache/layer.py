@@ -1,5 +1,6 @@
 """One layer's keys and values."""
 
+import math
 from typing import Self
 
 import torch
@@ -7,7 +8,17 @@ from torch import Tensor
 
 from ryzen_llm.cache.base import LayerFormat
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import Stored, cached_attention, hadamard, rotate
+from ryzen_llm.kernels import (
+    Rotations,
+    Stored,
+    append_and_attend,
+    append_suits,
+    cached_attention,
+    hadamard,
+    hadamard_matrix,
+    is_in_cpp,
+    rotate,
+)
 
 RING_SLACK = 128
 """How many tokens a ring buffer holds beyond its window: as many can be added or rolled back at once."""
@@ -20,10 +31,14 @@ class LayerCache:
     Python number: that would compile the block anew for every token.
 
     Attributes:
+        keys: What is stored of them; like `values`, views of `memory` where that is there.
+        memory: All keys and values as bytes, for compiled decoding on a CPU: Dynamo takes a microsecond or
+            two for each tensor of open size, before every step. None until that begins.
+        sinks: Keys and values of the first tokens, (2, batch, kv_heads, sinks + 1, head_dim); None for none.
         positions: (1, time) or (batch, time) int64, those that the last `KVCache.append` gave out.
         ring: Slots of the ring buffer of a layer with a window; 0 where slot and position are the same.
         most_slots: What it can grow to.
-        key_transform: Offset, matrix and inverse of the format's `Transform`, on the device; empty for none.
+        key_transform: Of the format's `Transform`, on the device; empty for none.
     """
 
     positions: Tensor
@@ -42,25 +57,31 @@ class LayerCache:
     ) -> None:
         self.format = format
         self.window = window
+        self.batch_size = batch_size
+        self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.ring = window + RING_SLACK if window and window + RING_SLACK < max_length else 0
         self.most_slots = self.ring or max_length
         shape = (batch_size, kv_heads, 0, head_dim)
         self.keys = format.keys.empty(shape, dtype, device)
         self.values = format.values.empty(shape, dtype, device)
-        # The last slot takes every later token's, so that writing needs no branch.
-        sinks = (batch_size, kv_heads, format.sinks + 1, head_dim)
+        self.memory: Tensor | None = None
+        self._suits_cpp = append_suits(dtype, self.keys, self.values)
+        self._codes = self.keys.codes.dtype, self.values.codes.dtype
+        self._fine = self.keys.width - head_dim
         transform = format.key_transform
         self.key_transform: tuple[Tensor, ...] = () if transform is None else transform.to(device)
-        self.sinks = (
-            tuple(torch.zeros(sinks, dtype=dtype, device=device) for _ in range(2)) if format.sinks else ()
-        )
+        self.sinks: Tensor | None = None
+        if format.sinks:
+            # The last slot takes every later token's, so that writing needs no branch.
+            sinks = (2, batch_size, kv_heads, format.sinks + 1, head_dim)
+            self.sinks = torch.zeros(sinks, dtype=dtype, device=device)
 
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that it holds."""
-        parts = (*self.keys, *self.values, *self.sinks, *self.key_transform)
-        return [part for part in parts if part is not None]
+        slots = (*self.keys, *self.values) if self.memory is None else (self.memory,)
+        return [part for part in (*slots, self.sinks, *self.key_transform) if part is not None]
 
     @property
     def num_slots(self) -> int:
@@ -70,15 +91,47 @@ class LayerCache:
     def grow(self, num_slots: int) -> None:
         """Make room for `num_slots` tokens, one tensor after the other, so that only one exists twice."""
         num_slots = min(num_slots, self.most_slots)
-        if num_slots > self.num_slots:
-            self.keys = self.keys.map(lambda part: _grown(part, num_slots))
-            self.values = self.values.map(lambda part: _grown(part, num_slots))
+        if num_slots <= self.num_slots:
+            return
+        if self.memory is not None:
+            self._put_into_one(num_slots)
+            return
+        self.keys = self.keys.map(lambda part: _grown(part, num_slots))
+        self.values = self.values.map(lambda part: _grown(part, num_slots))
 
-    def mark_dynamic(self) -> None:
-        """Have torch.compile leave the number of slots open, so that growing does not compile anew."""
+    def prepare_to_compile(self) -> None:
+        """Have torch.compile leave the number of slots open, so that growing does not compile anew.
+
+        To be called again once it has grown. On a CPU it moves everything into `memory` the first time.
+        """
+        if self._suits_cpp and is_in_cpp():
+            if self.memory is None:
+                self._put_into_one(self.num_slots)
+            torch._dynamo.mark_dynamic(self.memory, 0)
+            return
         for part in (*self.keys, *self.values):
             if part is not None:
                 torch._dynamo.mark_dynamic(part, 2)
+
+    def _put_into_one(self, num_slots: int) -> None:
+        """Keys and values, moved into a `memory` for so many slots, as `append_and_attend` finds them."""
+        parts = [part for part in (*self.keys, *self.values) if part is not None]
+        shapes = [(*part.shape[:2], num_slots, *part.shape[3:]) for part in parts]
+        sizes = [part.itemsize * math.prod(shape) for part, shape in zip(parts, shapes, strict=True)]
+        memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=parts[0].device)
+        views: dict[int, Tensor] = {}
+        start = 0
+        for i in sorted(range(len(parts)), key=lambda i: -parts[i].itemsize):  # so that each is aligned
+            part, bytes_ = parts[i], memory[start : start + sizes[i]]
+            views[i] = bytes_.view(part.dtype).view(shapes[i])
+            views[i][:, :, : part.shape[2]] = part
+            start += sizes[i]
+        fresh = (views[i] for i in range(len(parts)))
+        self.keys, self.values = (
+            Stored(next(fresh), *(None if part is None else next(fresh) for part in stored[1:]))
+            for stored in (self.keys, self.values)
+        )
+        self.memory = memory
 
     def rows(self, rows: slice | Tensor) -> Self:
         """The same for some rows of the batch: views of them for a slice, copies for indices (int64)."""
@@ -86,7 +139,9 @@ class LayerCache:
         chosen.__dict__.update(self.__dict__)
         chosen.keys = self.keys.map(lambda part: part[rows])
         chosen.values = self.values.map(lambda part: part[rows])
-        chosen.sinks = tuple(part[rows] for part in self.sinks)
+        chosen.memory = None
+        chosen.batch_size = len(chosen.keys.codes)
+        chosen.sinks = None if self.sinks is None else self.sinks[:, rows]
         return chosen
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -110,20 +165,35 @@ class LayerCache:
         return self._attend(queries, keys, values, self.positions)
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        # What is not compiled needs no C++ compiler.
+        if torch.compiler.is_compiling() and self.memory is not None:
+            return append_and_attend(
+                queries,
+                keys,
+                values,
+                self.memory,
+                self._codes,
+                positions,
+                fine=self._fine,
+                ring=self.ring,
+                window=self.window,
+                sinks=self.sinks,
+                rotations=self._rotations(queries.device),
+            )
+        # Neither `keys` nor `values` is touched before: each would be an input of the graph.
         dtype = queries.dtype
-        if self.sinks:
+        if self.sinks is not None:
             held = positions.clamp(max=self.format.sinks)
             for buffer, new in zip(self.sinks, (keys, values), strict=True):
                 _write(buffer, new, held)
         if self.key_transform:
-            inverse = self.key_transform[2]
-            grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), inverse.mT[:, None])
+            matrices = self.key_transform[2][:, None]
+            grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), matrices)
             queries, keys = torch.flatten(grouped, 1, 2), self._stored_keys(keys)
         elif self.format.keys.rotated:
             # One product for both; the scores stay the same.
             rotated = hadamard(torch.cat((queries, keys), 1))
             queries, keys = torch.split(rotated, [queries.shape[1], keys.shape[1]], 1)
-            keys = keys.to(dtype)
         queries, values = self.format.keys.against_codes(queries).to(dtype), self._stored_values(values)
         slots = positions % self.ring if self.ring else positions
         formats = self.format.keys, self.format.values
@@ -142,27 +212,37 @@ class LayerCache:
             context = hadamard(context)
         return context.to(dtype)
 
+    def _rotations(self, device: torch.device) -> Rotations:
+        """What is done to keys and values before they are encoded, as matrices."""
+        matrix = hadamard_matrix(self.head_dim, device)
+        values = matrix if self.format.values.rotated else None
+        if self.key_transform:
+            offset, for_keys, for_queries = self.key_transform
+            return Rotations(for_keys, for_queries, values, offset)
+        keys = matrix if self.format.keys.rotated else None
+        return Rotations(keys, keys, values)
+
     def _stored_keys(self, keys: Tensor) -> Tensor:
         """What the format is given to encode for `keys`."""
         if self.key_transform:
             offset, matrix, _ = self.key_transform
-            return rotate(keys - offset, matrix).to(keys.dtype)
-        return hadamard(keys).to(keys.dtype) if self.format.keys.rotated else keys
+            return rotate(keys - offset, matrix)
+        return hadamard(keys) if self.format.keys.rotated else keys
 
     def _stored_values(self, values: Tensor) -> Tensor:
         return hadamard(values) if self.format.values.rotated else values
 
     def _sinks_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """The first tokens, transformed as the others are."""
-        if not self.sinks:
+        if self.sinks is None:
             return None
-        keys, values = (buffer[:, :, : self.format.sinks] for buffer in self.sinks)
+        keys, values = self.sinks[:, :, :, : self.format.sinks]
         keys = self.format.keys.as_codes(self._stored_keys(keys))
         return keys.to(dtype), self._stored_values(values).to(dtype)
 
     def _check(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        batch, kv_heads = self.keys.codes.shape[:2]
-        expected = (batch, kv_heads, self.positions.shape[1], self.head_dim)
+        kv_heads = self.kv_heads
+        expected = (self.batch_size, kv_heads, self.positions.shape[1], self.head_dim)
         for name, x in (("keys", keys), ("values", values)):
             if x.shape != expected or not x.is_floating_point():
                 raise InputError(

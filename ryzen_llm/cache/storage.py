@@ -94,7 +94,7 @@ def _used(cache: KVCache) -> dict[str, tuple[Tensor, int]]:
             for part, tensor in stored._asdict().items():
                 if tensor is not None:
                     used[f"{index}.{kind}.{part}"] = tensor, slots
-        for kind, tensor in zip(("keys", "values"), layer.sinks, strict=False):
+        for kind, tensor in zip(("keys", "values"), () if layer.sinks is None else layer.sinks, strict=False):
             used[f"{index}.sinks.{kind}"] = tensor, min(slots, layer.format.sinks)
     return used
 
@@ -114,7 +114,7 @@ def _layout(cache: KVCache) -> list[list[Any]]:
                 hashlib.sha256(part.cpu().contiguous().numpy().data).hexdigest()
                 for part in layer.key_transform
             ),
-            *(str(tensor.dtype) for tensor in layer.sinks or layer.keys[:1]),
+            str((layer.keys.codes if layer.sinks is None else layer.sinks).dtype),
         ]
         for layer in cache.layers
     ]

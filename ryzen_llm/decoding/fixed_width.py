@@ -58,7 +58,7 @@ class FixedWidthPass:
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
-        self._marked: weakref.ref[Tensor] | None = None
+        self._prepared: weakref.ref[Tensor] | None = None
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Outcome:
         """What follows each of `tokens` (batch, width) int64, which are added to `cache`."""
@@ -77,11 +77,11 @@ class FixedWidthPass:
                 layer.positions = positions
         if not self.compile:
             return self._run(tokens, positions, cache.layers)
-        buffer = cache.layers[-1].keys.codes
-        if self._marked is None or self._marked() is not buffer:  # marks stay on the tensors until they grow
+        codes = cache.layers[-1].keys.codes
+        if self._prepared is None or self._prepared() is not codes:  # until they grow
             for layer in cache.layers:
-                layer.mark_dynamic()
-            self._marked = weakref.ref(buffer)
+                layer.prepare_to_compile()
+            self._prepared = weakref.ref(cache.layers[-1].keys.codes)
         if tokens.shape in self._compiled:
             return self._run(tokens, positions, cache.layers)
         self._compiled.add(tokens.shape)

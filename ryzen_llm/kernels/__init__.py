@@ -1,6 +1,7 @@
 """Numeric operations on tensors, one file each. Nothing here knows a model."""
 
 from ryzen_llm.kernels.cached_attention import Stored, cached_attention
+from ryzen_llm.kernels.cached_attention_cpu import Rotations, append_and_attend, append_suits, is_in_cpp
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
@@ -8,7 +9,7 @@ from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.compilation import shared_compilations
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, swiglu
-from ryzen_llm.kernels.hadamard import hadamard, rotate
+from ryzen_llm.kernels.hadamard import hadamard, hadamard_matrix, rotate
 from ryzen_llm.kernels.hardware import (
     CpuCaches,
     CpuFeatures,
@@ -42,9 +43,12 @@ __all__ = [
     "KernelChoices",
     "PackedRows",
     "RopeScaling",
+    "Rotations",
     "Stored",
     "TrellisRows",
     "Workload",
+    "append_and_attend",
+    "append_suits",
     "apply_rotary",
     "cached_attention",
     "can_encode",
@@ -56,6 +60,8 @@ __all__ = [
     "describe_device",
     "geglu",
     "hadamard",
+    "hadamard_matrix",
+    "is_in_cpp",
     "linear_cross_entropy",
     "pack",
     "packed_linear",

@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ryzen_llm.kernels.cached_attention_cpu import attend, is_in_cpp
-
 KEY_BLOCK = 512
 QUERY_BLOCK = 512
 MOST_ROWS = 64
@@ -99,7 +97,7 @@ def cached_attention(
     Returns the context (batch, heads, time, head_dim), typed like `queries`.
     """
     num_sinks = 0 if sinks is None else sinks[0].shape[2]
-    few = _rows(queries, keys) <= MOST_ROWS
+    few = queries.shape[1] // keys.codes.shape[1] * queries.shape[2] <= MOST_ROWS
     if few and queries.device.type == "cuda":
         from ryzen_llm.kernels.cached_attention_triton import decode  # Triton is there on Linux only
 
@@ -108,9 +106,6 @@ def cached_attention(
             parts.append((Stored(sinks[0]), Stored(sinks[1]), 0, 0))
         decoded: Tensor = decode(queries, parts, positions, window)
         return decoded
-    # What is not compiled needs no C++ compiler.
-    if few and torch.compiler.is_compiling() and _suits_cpp(queries, keys, values) and is_in_cpp():
-        return attend(queries, keys, values, positions, ring=ring, window=window, sinks=sinks)
     segments = [(keys, values, _visible(positions, keys.codes.shape[2], ring, window, num_sinks))]
     if sinks is not None:
         seen = _visible(positions, num_sinks, 0, window, 0)
@@ -154,20 +149,6 @@ def reference(
 
 Segment = tuple[Stored, Stored, Tensor]
 """Keys, values and which of them each query sees, (1 or batch, time, slots) bool."""
-
-
-def _rows(queries: Tensor, keys: Stored) -> int:
-    """How many queries share a key head."""
-    return queries.shape[1] // keys.codes.shape[1] * queries.shape[2]
-
-
-def _suits_cpp(queries: Tensor, keys: Stored, values: Stored) -> bool:
-    """Whether the op in C++ takes them; it has no gradient."""
-    if queries.device.type != "cpu" or (torch.is_grad_enabled() and queries.requires_grad):
-        return False
-    floating = {torch.float32, torch.bfloat16}
-    codes = {keys.codes.dtype, values.codes.dtype}
-    return queries.dtype in floating and codes <= {*floating, torch.int8, torch.uint8}
 
 
 def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: int) -> Tensor:

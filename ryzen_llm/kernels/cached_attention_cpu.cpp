@@ -1,4 +1,5 @@
-// Attention of a few queries over cached keys and values: `cached_attention.py` says what is computed.
+// New tokens' keys and values are stored, and attention of a few queries over all of them is computed, as
+// `cached_attention.py` says.
 //
 // A task is a key head and SPAN slots, of which CHUNK at a time are unpacked to fp32, for all queries that share the
 // head; softmax goes on from chunk to chunk, and the spans are put together at the end. Where spans and chunks begin and
@@ -8,9 +9,9 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "tensors.h"
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int64_t LANES = 16, CHUNK = 64, SPAN = 256;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 // Of sixteen numbers each: GCC makes of them what the function around them is compiled for.
 typedef float Floats __attribute__((vector_size(64)));
@@ -38,16 +40,17 @@ typedef int8_t SignedBytes __attribute__((vector_size(16)));
 #else
 #define PICKED(a, b, ...) __builtin_shuffle(a, b, Ints{__VA_ARGS__})
 #endif
+constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 enum class Codes { FP32, BF16, INT8, INT4 };
 
 // Keys or values, (heads, slots, width), of all texts.
 struct Stored {
   Codes codes = Codes::FP32;
-  const uint8_t* bytes = nullptr;
+  uint8_t* bytes = nullptr;
   const uint8_t* end = nullptr;
-  const uint16_t* scale = nullptr;    // fp16
-  const uint16_t* minimum = nullptr;  // fp16
+  uint16_t* scale = nullptr;    // fp16
+  uint16_t* minimum = nullptr;  // fp16
   int64_t width = 0, slots = 0, row_bytes = 0;
 
   // Vectors of a row once it is unpacked: its low and high halves begin with one each.
@@ -55,6 +58,11 @@ struct Stored {
   int64_t place(int64_t channel) const {
     const int64_t half = width / 2;
     return codes == Codes::INT4 && channel >= half ? vectors_of(half) * LANES + channel - half : channel;
+  }
+  // A number, of fp32 or bf16.
+  float at(int64_t i) const {
+    if (codes == Codes::BF16) return reinterpret_cast<const BFloat16*>(bytes)[i];
+    return reinterpret_cast<const float*>(bytes)[i];
   }
   static int64_t vectors_of(int64_t numbers) { return (numbers + LANES - 1) / LANES; }
 };
@@ -64,6 +72,11 @@ struct Seen {
   int32_t first, last;
 };
 
+// Which position a slot holds: its own number and `round`, or in a ring one round less, if that is beyond the last.
+struct Held {
+  int32_t round = 0, last = std::numeric_limits<int32_t>::max(), ring = 0;
+};
+
 // What the softmax of a query over a span has come to.
 struct Sum {
   float highest = NOTHING, total = 0;
@@ -71,14 +84,24 @@ struct Sum {
 
 struct Task {
   Stored keys, values;
-  int64_t row, count;     // the span's first row, in all heads' slots, and its slots
-  const int32_t* held;    // which position each slot holds
+  int64_t row, slot, count;  // the span's first row in all heads' slots, its first slot, and its slots
+  Held held;
   const Floats* queries;  // (rows, the keys' vectors)
   const float* query_sums;
   const Seen* seen;
   int64_t rows;
-  Sum* sums;       // (rows)
+  Sum* sums;        // (rows)
   Floats* context;  // (rows, the values' vectors)
+};
+
+// (width, width), of one of two types; of neither if there is none.
+struct Matrix {
+  int64_t width = 0;
+  const float* fp32 = nullptr;
+  const uint16_t* fp16 = nullptr;
+
+  explicit operator bool() const { return fp32 || fp16; }
+  float at(int64_t i) const { return fp32 ? fp32[i] : static_cast<float>(reinterpret_cast<const Half*>(fp16)[i]); }
 };
 
 // Vectors at a boundary of their size, to which std::vector does not keep; zeros where they are new.
@@ -99,6 +122,8 @@ struct Scratch {
   Floats *tile, *scores;
 };
 
+#include "cached_attention_encode.h"
+
 // GCC makes vectors into what the processor has before it inlines, so that all of this has to be compiled for each.
 namespace anywhere {
 #include "cached_attention_span.h"
@@ -118,180 +143,367 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-auto fastest() {
+struct Forms {
+  decltype(&anywhere::attend) attend;
+  decltype(&anywhere::add) add;
+  decltype(&anywhere::multiply) multiply;
+};
+
+Forms fastest() {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) return avx512::attend;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::attend;
+  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return {avx512::attend, avx512::add, avx512::multiply};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::attend, avx2::add, avx2::multiply};
 #endif
-  return anywhere::attend;
+  return {anywhere::attend, anywhere::add, anywhere::multiply};
 }
 
-Stored stored(const Tensor& codes, const std::optional<Tensor>& scale, const std::optional<Tensor>& minimum) {
-  Stored found;
-  const auto type = codes.scalar_type();
-  STD_TORCH_CHECK(codes.dim() == 4 && codes.is_contiguous(), "cached_attention: codes are ", shape(codes),
-                  ", expected four contiguous dimensions");
-  int64_t size = 1;
-  switch (type) {
-    case ScalarType::Float: found.codes = Codes::FP32; size = 4; break;
-    case ScalarType::BFloat16: found.codes = Codes::BF16; size = 2; break;
-    case ScalarType::Char: found.codes = Codes::INT8; break;
-    case ScalarType::Byte: found.codes = Codes::INT4; break;
-    default: STD_TORCH_CHECK(false, "cached_attention: codes are ", type, ", expected fp32, bf16, int8 or uint8");
-  }
-  found.width = codes.size(3) * (found.codes == Codes::INT4 ? 2 : 1);
-  found.slots = codes.size(2);
-  found.row_bytes = codes.size(3) * size;
-  found.bytes = static_cast<const uint8_t*>(codes.const_data_ptr());
-  found.end = found.bytes + codes.numel() * size;
-  for (const auto& [part, to] : {std::pair(&scale, &found.scale), std::pair(&minimum, &found.minimum)})
-    if (part->has_value()) {
-      const Tensor& factors = **part;
-      STD_TORCH_CHECK(factors.scalar_type() == ScalarType::Half && factors.is_contiguous() &&
-                          factors.numel() * codes.size(3) == codes.numel(),
-                      "cached_attention: scale or minimum is ", shape(factors), " ", factors.scalar_type(),
-                      ", expected contiguous fp16 for codes ", shape(codes));
-      *to = static_cast<const uint16_t*>(factors.const_data_ptr());
-    }
-  return found;
-}
+// What a model gives, (batch, heads, time, width), of fp32 or bf16.
+struct Given {
+  int64_t heads, time, width;
+  bool bf16;
+  const void* data;
+  int64_t steps[4];
 
-// (batch, time, heads, head_dim), typed like the queries, which are (batch, heads, time, the keys' width).
-Tensor cached_attention(const Tensor& queries, const Tensor& key_codes, const std::optional<Tensor>& key_scale,
-                        const std::optional<Tensor>& key_minimum, const Tensor& value_codes,
-                        const std::optional<Tensor>& value_scale, const std::optional<Tensor>& value_minimum,
-                        const std::optional<Tensor>& sink_keys, const std::optional<Tensor>& sink_values,
-                        const Tensor& positions, int64_t ring, int64_t window) {
-  struct Part {
-    Stored keys, values;
-  };
-  const bool bf16 = queries.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK((bf16 || queries.scalar_type() == ScalarType::Float) && queries.dim() == 4 &&
-                      positions.dim() == 2 && positions.scalar_type() == ScalarType::Long,
-                  "cached_attention: queries are ", shape(queries), " ", queries.scalar_type(), ", expected four ",
-                  "dimensions of fp32 or bf16, and positions ", shape(positions), " int64");
-  const Part slots = {stored(key_codes, key_scale, key_minimum), stored(value_codes, value_scale, value_minimum)};
-  std::vector<Tensor> held_here;  // so that the memory stays
-  Part sinks;
-  int64_t num_sinks = 0;
-  if (sink_keys.has_value()) {
-    for (const auto* part : {&sink_keys, &sink_values}) held_here.push_back(as((*part)->scalar_type(), **part));
-    sinks = {stored(held_here[0], {}, {}), stored(held_here[1], {}, {})};
-    num_sinks = sinks.keys.slots;
-  }
-  const int64_t batch = queries.size(0), heads = queries.size(1), time = queries.size(2), width = queries.size(3);
-  const int64_t kv_heads = key_codes.size(1), groups = heads / kv_heads, rows = groups * time;
-  const int64_t head_dim = slots.values.width;
-  STD_TORCH_CHECK(key_codes.size(0) == batch && heads % kv_heads == 0 && slots.keys.width == width &&
-                      value_codes.size(0) == batch && value_codes.size(1) == kv_heads &&
-                      slots.values.slots == slots.keys.slots && positions.size(1) == time &&
-                      (positions.size(0) == 1 || positions.size(0) == batch) &&
-                      (!num_sinks || (sinks.keys.width == width && sinks.values.width == head_dim)),
-                  "cached_attention: queries ", shape(queries), ", keys ", shape(key_codes), ", values ",
-                  shape(value_codes), " and positions ", shape(positions), " do not fit");
-  const int64_t* position = positions.const_data_ptr<int64_t>();
-  const int64_t text_step = positions.size(0) == 1 ? 0 : positions.stride(0), step = positions.stride(1);
-  const auto position_of = [&](int64_t text, int64_t t) { return position[text * text_step + t * step]; };
+  explicit Given(const Tensor& x)
+      : heads(x.size(1)), time(x.size(2)), width(x.size(3)), bf16(x.scalar_type() == ScalarType::BFloat16),
+        data(x.const_data_ptr()), steps{x.stride(0), x.stride(1), x.stride(2), x.stride(3)} {}
 
-  int64_t used = ring ? slots.keys.slots : 0;
-  for (int64_t b = 0; b < batch && !ring; ++b) used = std::max(used, position_of(b, time - 1) + 1);
-  used = std::min(used, slots.keys.slots);
-  const int64_t in_slots = (used + SPAN - 1) / SPAN, spans = in_slots + (num_sinks > 0), texts_heads = batch * kv_heads;
-
-  // What each query is and sees, and what each slot holds.
-  const int64_t key_vectors = std::max(slots.keys.vectors(), sinks.keys.vectors());
-  const int64_t value_vectors = std::max(slots.values.vectors(), sinks.values.vectors());
-  Room query_room, context_room;
-  Floats* prepared = query_room.of(texts_heads * rows * (slots.keys.vectors() + sinks.keys.vectors()));
-  Floats* prepared_sinks = prepared + texts_heads * rows * slots.keys.vectors();
-  std::vector<float> query_sums(texts_heads * rows);
-  std::vector<Seen> seen(2 * batch * rows);
-  std::vector<int32_t> held(batch * used + num_sinks);
-  const int64_t steps[4] = {queries.stride(0), queries.stride(1), queries.stride(2), queries.stride(3)};
-  const auto* fp32_queries = static_cast<const float*>(queries.const_data_ptr());
-  const auto* bf16_queries = static_cast<const BFloat16*>(queries.const_data_ptr());
-  const float factor = 1 / std::sqrt(static_cast<float>(head_dim));
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t t = 0; t < time; ++t)
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t at = position_of(b, t), first = window ? std::max<int64_t>(at - window + 1, 0) : 0;
-        seen[b * rows + g * time + t] = {static_cast<int32_t>(std::max(first, num_sinks)), static_cast<int32_t>(at)};
-        seen[(batch + b) * rows + g * time + t] = {static_cast<int32_t>(first), static_cast<int32_t>(at)};
-      }
-    const int64_t last = position_of(b, time - 1);
-    for (int64_t s = 0; s < used; ++s) {
-      const int64_t round = ring ? s + last - last % ring : s;
-      held[b * used + s] = static_cast<int32_t>(ring && round > last ? round - ring : round);
-    }
-    for (int64_t h = 0; h < heads; ++h)
+  // All tokens of some heads of a text, (count * time, width).
+  void read(int64_t text, int64_t head, int64_t count, float* to) const {
+    for (int64_t h = head; h < head + count; ++h)
       for (int64_t t = 0; t < time; ++t) {
-        const int64_t row = (b * kv_heads + h / groups) * rows + h % groups * time + t;
-        const int64_t from = b * steps[0] + h * steps[1] + t * steps[2];
-        auto* to = reinterpret_cast<float*>(prepared + row * slots.keys.vectors());
-        auto* to_sinks = reinterpret_cast<float*>(prepared_sinks + row * sinks.keys.vectors());
-        for (int64_t c = 0; c < width; ++c) {
-          const int64_t at = from + c * steps[3];
-          const float x = (bf16 ? static_cast<float>(bf16_queries[at]) : fp32_queries[at]) * factor;
-          to[slots.keys.place(c)] = x;
-          if (num_sinks) to_sinks[sinks.keys.place(c)] = x;
-          query_sums[row] += x;
-        }
+        const int64_t from = text * steps[0] + h * steps[1] + t * steps[2];
+        for (int64_t c = 0; c < width; ++c, ++to)
+          *to = bf16 ? static_cast<float>(static_cast<const BFloat16*>(data)[from + c * steps[3]])
+                     : static_cast<const float*>(data)[from + c * steps[3]];
       }
   }
-  std::iota(held.end() - num_sinks, held.end(), 0);
+};
 
-  std::vector<Sum> sums(texts_heads * spans * rows);
-  Floats* contexts = context_room.of(texts_heads * spans * rows * value_vectors);
-  const auto run = fastest();
-  parallel_for(0, texts_heads * spans, 1, [&](int64_t begin, int64_t end) {
-    thread_local Room tile, scores;
-    const Scratch scratch = {tile.of(CHUNK * std::max(key_vectors, value_vectors)), scores.of(rows * (CHUNK / LANES))};
+// A layer's keys, or its values.
+struct Side {
+  Given given;
+  Stored slots, sinks;
+  Matrix rotation;           // of the first head
+  int64_t rotation_step = 0;  // to the next head's
+  const float* offset = nullptr;
+
+  Matrix rotation_of(int64_t head) const { return next(rotation, head * rotation_step); }
+  static Matrix next(Matrix matrix, int64_t numbers) {
+    if (matrix.fp32) matrix.fp32 += numbers;
+    if (matrix.fp16) matrix.fp16 += numbers;
+    return matrix;
+  }
+};
+
+struct Call {
+  Given queries;
+  Side keys, values;
+  Matrix query_rotation;
+  int64_t batch, kv_heads, groups, time, rows, ring, window, num_sinks = 0;
+  const int64_t* positions = nullptr;
+  int64_t text_step = 0, step = 0;
+  // What follows is worked out from these.
+  Forms run = fastest();
+  int64_t used = 0, in_slots = 0, spans = 0;
+  Room query_room, context_room;
+  Floats *prepared = nullptr, *prepared_for_sinks = nullptr, *contexts = nullptr;
+  std::vector<float> query_sums;
+  std::vector<Seen> seen, seen_of_sinks;
+  std::vector<Sum> sums;
+  std::vector<float> less_offset;
+
+  int64_t position(int64_t text, int64_t t) const { return positions[text * text_step + t * step]; }
+  int64_t slot(int64_t text, int64_t t) const { return ring ? position(text, t) % ring : position(text, t); }
+  int64_t texts_heads() const { return batch * kv_heads; }
+  int64_t context_vectors() const { return std::max(values.slots.vectors(), values.sinks.vectors()); }
+  // So that their scores are less by q · offset, as all others are.
+  void subtract_offset_from_sinks() {
+    const int64_t width = keys.given.width, of_head = keys.sinks.slots * width;
+    less_offset.resize(texts_heads() * of_head);
+    for (int64_t i = 0; i < texts_heads() * of_head; ++i)
+      less_offset[i] = keys.sinks.at(i) - keys.offset[i / of_head % kv_heads * width + i % width];
+    keys.sinks.codes = Codes::FP32, keys.sinks.row_bytes = width * sizeof(float);
+    keys.sinks.bytes = reinterpret_cast<uint8_t*>(less_offset.data());
+    keys.sinks.end = keys.sinks.bytes + less_offset.size() * sizeof(float);
+  }
+  // A thread is not woken for less than sixteen rows.
+  int64_t grain() const { return 16 / rows + 1; }
+};
+
+// Stores what is new of a head; the first tokens as they are, too.
+void append(const Call& call, const Side& side, int64_t text, int64_t head) {
+  thread_local std::vector<float> given, rotated, room;
+  const int64_t width = side.given.width, row = text * call.kv_heads + head;
+  given.resize(call.time * width), rotated.resize(call.time * width), room.resize(width);
+  side.given.read(text, head, 1, given.data());
+  for (int64_t t = 0; t < call.time && call.num_sinks; ++t)
+    if (call.position(text, t) < call.num_sinks)
+      encode(&given[t * width], width, side.sinks, row * side.sinks.slots + call.position(text, t), room.data());
+  if (side.offset)
+    for (int64_t i = 0; i < call.time * width; ++i) given[i] -= side.offset[head * width + i % width];
+  if (side.rotation) call.run.multiply(side.rotation_of(head), given.data(), call.time, rotated.data());
+  for (int64_t t = 0; t < call.time; ++t)
+    encode((side.rotation ? rotated : given).data() + t * width, width, side.slots,
+           row * side.slots.slots + call.slot(text, t), room.data());
+}
+
+// Turns the queries of a key head against what is stored: they are divided by sqrt(head_dim), too.
+void prepare(Call& call, int64_t text, int64_t head) {
+  thread_local std::vector<float> given, rotated;
+  const int64_t width = call.queries.width, row = (text * call.kv_heads + head) * call.rows;
+  const Stored &slots = call.keys.slots, &sinks = call.keys.sinks;
+  given.resize(call.rows * width), rotated.resize(call.rows * width);
+  call.queries.read(text, head * call.groups, call.groups, given.data());
+  const float factor = 1 / std::sqrt(static_cast<float>(width));
+  for (float& x : given) x *= factor;
+  if (call.query_rotation)
+    call.run.multiply(Side::next(call.query_rotation, head * call.keys.rotation_step), given.data(), call.rows,
+                      rotated.data());
+  const std::vector<float>& turned = call.query_rotation ? rotated : given;
+  const int64_t fine = slots.width - width, half = (width - fine) / 2;
+  for (int64_t r = 0; r < call.rows; ++r) {
+    auto* to = reinterpret_cast<float*>(call.prepared + (row + r) * slots.vectors());
+    float sum = 0;
+    const auto put = [&](int64_t channel, float x) { to[slots.place(channel)] = x, sum += x; };
+    for (int64_t c = 0; c < width; ++c) {
+      const float x = turned[r * width + c];
+      // A fine channel's code is 16 * h + l, of which h comes before the low half, l before the high one.
+      if (c < fine) put(c, x * (16.0f / 17)), put(fine + half + c, x * (1.0f / 17));
+      else put(c < fine + half ? c : c + fine, x);
+    }
+    call.query_sums[row + r] = sum;
+    auto* to_sinks = reinterpret_cast<float*>(call.prepared_for_sinks + (row + r) * sinks.vectors());
+    if (call.num_sinks) std::copy_n(&given[r * width], width, to_sinks);
+  }
+}
+
+void attend_to_span(Call& call, int64_t i) {
+  thread_local Room tile, scores;
+  const int64_t head = i / call.spans, span = i % call.spans, text = head / call.kv_heads;
+  const bool in_sinks = span == call.in_slots;
+  Task task;
+  task.keys = in_sinks ? call.keys.sinks : call.keys.slots;
+  task.values = in_sinks ? call.values.sinks : call.values.slots;
+  task.slot = in_sinks ? 0 : span * SPAN;
+  task.row = head * task.keys.slots + task.slot;
+  task.count = in_sinks ? call.num_sinks : std::min(SPAN, call.used - task.slot);
+  if (call.ring && !in_sinks) {
+    const int64_t last = call.position(text, call.time - 1);
+    task.held = {static_cast<int32_t>(last - last % call.ring), static_cast<int32_t>(last),
+                 static_cast<int32_t>(call.ring)};
+  }
+  task.queries = (in_sinks ? call.prepared_for_sinks : call.prepared) + head * call.rows * task.keys.vectors();
+  task.query_sums = call.query_sums.data() + head * call.rows;
+  task.seen = (in_sinks ? call.seen_of_sinks : call.seen).data() + text * call.rows;
+  task.rows = call.rows;
+  task.sums = call.sums.data() + i * call.rows;
+  task.context = call.contexts + i * call.rows * call.context_vectors();
+  const int64_t vectors = std::max(task.keys.vectors(), task.values.vectors());
+  call.run.attend(task, {tile.of(CHUNK * vectors), scores.of(call.rows * (CHUNK / LANES))});
+}
+
+// Puts a key head's spans together, (rows, width).
+void combine(const Call& call, int64_t head, float* to) {
+  thread_local Room sum;
+  thread_local std::vector<float> turned;
+  const Stored &slots = call.values.slots, &sinks = call.values.sinks;
+  const int64_t width = call.values.given.width, in_span = call.rows * call.context_vectors();
+  std::vector<float> highest(call.rows, NOTHING), total(call.rows);
+  const auto sum_of = [&](int64_t span, int64_t r) { return call.sums[(head * call.spans + span) * call.rows + r]; };
+  const auto share = [&](int64_t span, int64_t r) {
+    const Sum found = sum_of(span, r);
+    return found.highest == NOTHING ? 0 : std::exp(found.highest - highest[r]);
+  };
+  const auto gather = [&](const Stored& values, int64_t begin, int64_t end, int64_t r) {
+    Floats* sums = sum.of(values.vectors());
+    std::fill(sums, sums + values.vectors(), Floats{});
+    for (int64_t s = begin; s < end; ++s) {
+      const Floats* context = call.contexts + (head * call.spans + s) * in_span + r * values.vectors();
+      total[r] += share(s, r) * sum_of(s, r).total;
+      call.run.add(context, share(s, r), values.vectors(), sums);
+    }
+    return reinterpret_cast<const float*>(sums);
+  };
+  for (int64_t r = 0; r < call.rows; ++r) {
+    for (int64_t s = 0; s < call.spans; ++s) highest[r] = std::max(highest[r], sum_of(s, r).highest);
+    const float* sums = gather(slots, 0, call.in_slots, r);
+    for (int64_t c = 0; c < width; ++c) to[r * width + c] = sums[slots.place(c)];
+  }
+  if (call.values.rotation) {
+    turned.assign(to, to + call.rows * width);
+    call.run.multiply(call.values.rotation_of(head % call.kv_heads), turned.data(), call.rows, to);
+  }
+  for (int64_t r = 0; r < call.rows; ++r) {
+    const float* sums = gather(sinks, call.in_slots, call.spans, r);
+    for (int64_t c = 0; c < width; ++c) to[r * width + c] = (to[r * width + c] + (call.num_sinks ? sums[c] : 0)) / total[r];
+  }
+}
+
+void write(const Tensor& y, int64_t from, const float* x, int64_t count) {
+  if (y.scalar_type() == ScalarType::Float)
+    std::memcpy(static_cast<float*>(y.mutable_data_ptr()) + from, x, count * sizeof *x);
+  else
+    std::copy_n(x, count, static_cast<BFloat16*>(y.mutable_data_ptr()) + from);
+}
+
+// The slots' codes, scale and minimum, which `memory` holds one after the other, those of wider numbers first.
+void find_slots(Call& call, const Tensor& memory, Codes key_codes, Codes value_codes, int64_t fine) {
+  struct Part {
+    int64_t size, numbers;
+    void** at;
+  };
+  std::vector<Part> parts;
+  const auto add = [&](Stored& stored, Codes codes, int64_t width) {
+    const int64_t size = codes == Codes::FP32 ? 4 : codes == Codes::BF16 ? 2 : 1;
+    stored.codes = codes, stored.width = width;
+    stored.row_bytes = codes == Codes::INT4 ? width / 2 : width * size;
+    parts.push_back({size, stored.row_bytes / size, reinterpret_cast<void**>(&stored.bytes)});
+    if (codes >= Codes::INT8) parts.push_back({2, 1, reinterpret_cast<void**>(&stored.scale)});
+    if (codes == Codes::INT4) parts.push_back({2, 1, reinterpret_cast<void**>(&stored.minimum)});
+  };
+  Stored &keys = call.keys.slots, &values = call.values.slots;
+  add(keys, key_codes, call.queries.width + fine);
+  add(values, value_codes, call.queries.width);
+  int64_t of_slot = 0;
+  for (const Part& part : parts) of_slot += part.size * part.numbers * call.texts_heads();
+  keys.slots = values.slots = memory.numel() / of_slot;
+  auto* at = static_cast<uint8_t*>(memory.mutable_data_ptr());
+  for (const int64_t size : {4, 2, 1})
+    for (const Part& part : parts)
+      if (part.size == size) *part.at = at, at += size * part.numbers * call.texts_heads() * keys.slots;
+  for (Stored* stored : {&keys, &values}) stored->end = stored->bytes + call.texts_heads() * keys.slots * stored->row_bytes;
+  STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.dim() == 1 && memory.is_contiguous() &&
+                      memory.numel() == of_slot * keys.slots,
+                  "append_and_attend: memory is ", shape(memory), " ", memory.scalar_type(),
+                  ", expected contiguous bytes, ", of_slot, " a slot");
+}
+
+// The first tokens, (2, batch, heads, slots, width).
+void find_sinks(Call& call, const Tensor& sinks) {
+  const bool bf16 = sinks.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK((bf16 || sinks.scalar_type() == ScalarType::Float) && sinks.is_contiguous() && sinks.dim() == 5 &&
+                      sinks.size(1) == call.batch && sinks.size(2) == call.kv_heads &&
+                      sinks.size(4) == call.queries.width,
+                  "append_and_attend: sinks are ", shape(sinks), " ", sinks.scalar_type(),
+                  ", expected fp32 or bf16, as many texts, heads and channels as keys have");
+  call.num_sinks = sinks.size(3) - 1;  // the last is nobody's
+  auto* at = static_cast<uint8_t*>(sinks.mutable_data_ptr());
+  for (Side* side : {&call.keys, &call.values}) {
+    Stored& stored = side->sinks;
+    stored.codes = bf16 ? Codes::BF16 : Codes::FP32;
+    stored.width = sinks.size(4), stored.slots = sinks.size(3), stored.row_bytes = stored.width * (bf16 ? 2 : 4);
+    stored.bytes = at;
+    stored.end = at += call.texts_heads() * stored.slots * stored.row_bytes;
+  }
+}
+
+Matrix matrix_of(const std::optional<Tensor>& matrix, int64_t heads, int64_t width, bool each) {
+  if (!matrix.has_value()) return {};
+  const auto type = matrix->scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Half) && matrix->is_contiguous() &&
+                      matrix->numel() == (each ? heads : 1) * width * width,
+                  "append_and_attend: a matrix is ", shape(*matrix), " ", type, ", expected contiguous fp32 or fp16, ",
+                  width, " by ", width);
+  const void* data = matrix->const_data_ptr();
+  return type == ScalarType::Float ? Matrix{width, static_cast<const float*>(data), nullptr}
+                                   : Matrix{width, nullptr, static_cast<const uint16_t*>(data)};
+}
+
+void check(const Call& call, const Tensor& queries, const Tensor& new_keys, const Tensor& new_values,
+           const Tensor& positions, int64_t fine, bool packed) {
+  for (const Tensor* x : {&queries, &new_keys, &new_values})
+    STD_TORCH_CHECK((x->scalar_type() == ScalarType::Float || x->scalar_type() == ScalarType::BFloat16) &&
+                        x->scalar_type() == queries.scalar_type() && x->dim() == 4 && x->size(0) == call.batch &&
+                        x->size(2) == call.time && x->size(3) == call.queries.width,
+                    "append_and_attend: queries, keys or values are ", shape(*x), " ", x->scalar_type(),
+                    ", expected fp32 or bf16, all of one type, batch, time and width");
+  STD_TORCH_CHECK(call.rows > 0 && call.queries.heads == call.groups * call.kv_heads && call.values.given.heads == call.kv_heads &&
+                      positions.dim() == 2 && positions.scalar_type() == ScalarType::Long &&
+                      positions.size(1) == call.time &&
+                      (positions.size(0) == 1 || positions.size(0) == call.batch) &&
+                      (packed ? fine >= 0 && fine <= call.queries.width : fine == 0),
+                  "append_and_attend: queries ", shape(queries), ", keys ", shape(new_keys), ", values ",
+                  shape(new_values), ", ", fine, " fine channels and positions ", shape(positions), " ",
+                  positions.scalar_type(), " do not fit");
+}
+
+// (batch, time, heads, width), typed like the queries, which are (batch, heads, time, width) as keys and values are.
+Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& memory,
+                         const std::optional<Tensor>& sinks, const std::optional<Tensor>& key_offset,
+                         const std::optional<Tensor>& key_matrix, const std::optional<Tensor>& query_matrix,
+                         const std::optional<Tensor>& value_matrix, const Tensor& positions, int64_t key_codes,
+                         int64_t value_codes, int64_t fine, int64_t ring, int64_t window) {
+  Call call = {Given(queries), {Given(new_keys)}, {Given(new_values)}};
+  const int64_t width = call.queries.width;
+  call.batch = queries.size(0), call.kv_heads = call.keys.given.heads, call.time = call.queries.time;
+  call.groups = call.queries.heads / std::max<int64_t>(call.kv_heads, 1), call.rows = call.groups * call.time;
+  call.ring = ring, call.window = window;
+  check(call, queries, new_keys, new_values, positions, fine, static_cast<Codes>(key_codes) == Codes::INT4);
+  call.positions = positions.const_data_ptr<int64_t>();
+  call.text_step = positions.size(0) == 1 ? 0 : positions.stride(0), call.step = positions.stride(1);
+  find_slots(call, memory, static_cast<Codes>(key_codes), static_cast<Codes>(value_codes), fine);
+  if (sinks.has_value()) find_sinks(call, *sinks);
+  for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t t = 0; t < call.time; ++t)
+      STD_TORCH_CHECK(call.position(b, t) >= 0 && call.slot(b, t) < call.keys.slots.slots,
+                      "append_and_attend: position ", call.position(b, t), " is not in the ", call.keys.slots.slots,
+                      " slots");
+  const bool each = key_matrix.has_value() && key_matrix->dim() == 3;
+  call.keys.rotation = matrix_of(key_matrix, call.kv_heads, width, each);
+  call.query_rotation = matrix_of(query_matrix, call.kv_heads, width, each);
+  call.keys.rotation_step = each ? width * width : 0;
+  call.values.rotation = matrix_of(value_matrix, 1, width, false);
+  std::optional<Tensor> offset;  // so that the memory stays
+  if (key_offset.has_value()) {
+    offset = as(ScalarType::Float, *key_offset);
+    STD_TORCH_CHECK(offset->numel() == call.kv_heads * width, "append_and_attend: offset is ", shape(*offset),
+                    ", expected ", call.kv_heads, " heads of ", width);
+    call.keys.offset = static_cast<const float*>(offset->const_data_ptr());
+  }
+
+  call.query_sums.resize(call.texts_heads() * call.rows);
+  const int64_t key_vectors = call.keys.slots.vectors(), rows = call.texts_heads() * call.rows;
+  call.prepared = call.query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
+  call.prepared_for_sinks = call.prepared + rows * key_vectors;
+  parallel_for(0, call.texts_heads(), call.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t head = i / spans, span = i % spans, text = head / kv_heads;
-      const bool in_sinks = span == in_slots;
-      const Part& part = in_sinks ? sinks : slots;
-      const int64_t start = in_sinks ? 0 : span * SPAN;
-      Task task = {part.keys, part.values};
-      task.row = head * part.keys.slots + start;
-      task.count = in_sinks ? num_sinks : std::min(SPAN, used - start);
-      task.held = in_sinks ? held.data() + batch * used : held.data() + text * used + start;
-      task.queries = (in_sinks ? prepared_sinks : prepared) + head * rows * part.keys.vectors();
-      task.query_sums = query_sums.data() + head * rows;
-      task.seen = seen.data() + ((in_sinks ? batch : 0) + text) * rows;
-      task.rows = rows;
-      task.sums = sums.data() + i * rows;
-      task.context = contexts + i * rows * value_vectors;
-      run(task, scratch);
+      const int64_t text = i / call.kv_heads, head = i % call.kv_heads;
+      append(call, call.keys, text, head);
+      append(call, call.values, text, head);
+      prepare(call, text, head);
     }
   });
+  if (call.num_sinks && call.keys.offset) call.subtract_offset_from_sinks();
 
-  Tensor y = torch::stable::new_empty(queries, {batch, time, heads, head_dim}, queries.scalar_type());
-  auto* fp32_context = static_cast<float*>(y.mutable_data_ptr());
-  auto* bf16_context = static_cast<BFloat16*>(y.mutable_data_ptr());
-  std::vector<float> row(head_dim);
-  for (int64_t head = 0; head < texts_heads; ++head)
-    for (int64_t r = 0; r < rows; ++r) {
-      float highest = NOTHING, total = 0;
-      for (int64_t s = 0; s < spans; ++s) highest = std::max(highest, sums[(head * spans + s) * rows + r].highest);
-      std::fill(row.begin(), row.end(), 0.0f);
-      for (int64_t s = 0; s < spans; ++s) {
-        const Sum& sum = sums[(head * spans + s) * rows + r];
-        if (sum.highest == NOTHING) continue;
-        const float share = std::exp(sum.highest - highest);
-        const Stored& values = s == in_slots ? sinks.values : slots.values;
-        const auto* from =
-            reinterpret_cast<const float*>(contexts + (head * spans + s) * rows * value_vectors + r * values.vectors());
-        total += share * sum.total;
-        for (int64_t c = 0; c < head_dim; ++c) row[c] += share * from[values.place(c)];
-      }
-      const int64_t text = head / kv_heads, of_head = head % kv_heads * groups + r / time;
-      const int64_t to = ((text * time + r % time) * heads + of_head) * head_dim;
-      for (int64_t c = 0; c < head_dim; ++c)
-        if (bf16)
-          bf16_context[to + c] = row[c] / total;
-        else
-          fp32_context[to + c] = row[c] / total;
+  for (int64_t b = 0; b < call.batch; ++b) {
+    call.used = std::max(call.used, ring ? call.keys.slots.slots : call.position(b, call.time - 1) + 1);
+    for (int64_t r = 0; r < call.rows; ++r) {
+      const int64_t at = call.position(b, r % call.time), first = window ? std::max<int64_t>(at - window + 1, 0) : 0;
+      call.seen.push_back({static_cast<int32_t>(std::max(first, call.num_sinks)), static_cast<int32_t>(at)});
+      call.seen_of_sinks.push_back({static_cast<int32_t>(first), static_cast<int32_t>(at)});
     }
+  }
+  call.in_slots = (call.used + SPAN - 1) / SPAN, call.spans = call.in_slots + (call.num_sinks > 0);
+  call.sums.resize(rows * call.spans);
+  call.contexts = call.context_room.of(rows * call.spans * call.context_vectors());
+  parallel_for(0, call.texts_heads() * call.spans, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) attend_to_span(call, i);
+  });
+
+  Tensor y = torch::stable::new_empty(queries, {call.batch, call.time, call.queries.heads, width});
+  parallel_for(0, call.texts_heads(), call.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<float> context(call.rows * width);
+    for (int64_t i = begin; i < end; ++i) {
+      combine(call, i, context.data());
+      for (int64_t r = 0; r < call.rows; ++r) {
+        const int64_t token = i / call.kv_heads * call.time + r % call.time;
+        const int64_t head = i % call.kv_heads * call.groups + r / call.time;
+        write(y, (token * call.queries.heads + head) * width, &context[r * width], width);
+      }
+    }
+  });
   return y;
 }
 
@@ -299,8 +511,8 @@ Tensor cached_attention(const Tensor& queries, const Tensor& key_codes, const st
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
   m.def(
-      "cached_attention(Tensor queries, Tensor key_codes, Tensor? key_scale, Tensor? key_minimum, Tensor value_codes, "
-      "Tensor? value_scale, Tensor? value_minimum, Tensor? sink_keys, Tensor? sink_values, Tensor positions, int ring, "
-      "int window) -> Tensor");
+      "append_and_attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) memory, Tensor(b!)? sinks, "
+      "Tensor? key_offset, Tensor? key_matrix, Tensor? query_matrix, Tensor? value_matrix, Tensor positions, "
+      "int key_codes, int value_codes, int fine, int ring, int window) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("cached_attention", TORCH_BOX(&cached_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("append_and_attend", TORCH_BOX(&append_and_attend)); }

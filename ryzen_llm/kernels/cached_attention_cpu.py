@@ -1,14 +1,39 @@
-"""`cached_attention` of a few queries on a CPU, in C++: codes are unpacked once for all queries of a head."""
+"""A decoding step's attention on a CPU, in C++: new tokens are stored, and a few queries attend to all.
+
+Rotations are matrices that keys, queries and values are multiplied by from the right, so that one call does
+what else would be a dozen small loops, each of which wakes all threads.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ryzen_llm.kernels.cached_attention import Stored
 from ryzen_llm.kernels.cpp_extension import compile_beside
+
+_FLOATING = (torch.float32, torch.bfloat16)
+_CODES = (*_FLOATING, torch.int8, torch.uint8)
+"""In the order of the op's `Codes`."""
+
+
+class Rotations(NamedTuple):
+    """What is done before keys and values are stored; (head_dim, head_dim) fp32 or fp16, contiguous.
+
+    Attributes:
+        keys: (key - offset) @ keys is stored; or one matrix a head, (kv_heads, head_dim, head_dim).
+        queries: What undoes it in a product, of the same shape.
+        values: Symmetric and orthonormal, so that it undoes itself on the context.
+        offset: (kv_heads, 1, head_dim) fp32; None for none.
+    """
+
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    values: Tensor | None = None
+    offset: Tensor | None = None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -17,24 +42,63 @@ def is_in_cpp() -> bool:
     return _is_compiled()
 
 
-def attend(
+def append_suits(dtype: torch.dtype, keys: Stored, values: Stored) -> bool:
+    """Whether `append_and_attend` could take these: queries of `dtype`, and keys and values stored so."""
+    codes = {keys.codes.dtype, values.codes.dtype}
+    return keys.codes.device.type == "cpu" and dtype in _FLOATING and codes <= set(_CODES)
+
+
+def append_and_attend(
     queries: Tensor,
-    keys: Sequence[Tensor | None],
-    values: Sequence[Tensor | None],
+    new_keys: Tensor,
+    new_values: Tensor,
+    memory: Tensor,
+    codes: tuple[torch.dtype, torch.dtype],
     positions: Tensor,
     *,
+    fine: int = 0,
     ring: int = 0,
     window: int = 0,
-    sinks: tuple[Tensor, Tensor] | None = None,
+    sinks: Tensor | None = None,
+    rotations: Rotations = Rotations(),  # noqa: B008  a constant
 ) -> Tensor:
-    """`cached_attention` of fp32 or bf16 queries, without a gradient.
+    """Store the new tokens at `positions`, then `cached_attention` of their queries, without a gradient.
 
-    Keys and values are `Stored`, contiguous, with codes in fp32, bf16, int8 or packed. A query's result does
-    not depend on how many others there are. Raises RuntimeError for what does not fit.
+    A query's result does not depend on how many others there are. What is not finite becomes NaN in whatever
+    attends to it. Raises RuntimeError for what does not fit.
+
+    Args:
+        queries: (batch, heads, time, head_dim), fp32 or bf16.
+        new_keys: (batch, kv_heads, time, head_dim), of the same dtype, as `new_values`.
+        new_values: To be stored as `cache.Int8` and `cache.Int4` say, by the dtype of the codes.
+        memory: (bytes,) uint8, what all slots hold: of the keys' codes, scale and minimum and the values', as
+            far as there are such, those of 4 bytes a number come first, then those of 2. Written to.
+        codes: The dtypes of keys' and values' codes: fp32, bf16, int8 or, for packed ones, uint8.
+        positions: As of `cached_attention`, like `ring` and `window`.
+        fine: How many channels of packed keys have 8 bits, see `cache.Int4`.
+        ring: Slots of a ring buffer.
+        window: Tokens that each query sees.
+        sinks: Keys and values of the first tokens, not rotated, (2, batch, kv_heads, sinks + 1, head_dim), of
+            which the last is not used. Written to.
+        rotations: Of what is stored; the context is rotated back.
+
+    Returns the context (batch, heads, time, head_dim), typed like `queries`.
     """
-    sink_keys, sink_values = sinks or (None, None)
-    attended: Tensor = torch.ops.ryzen_llm.cached_attention(
-        queries, *keys, *values, sink_keys, sink_values, positions, ring, window
+    attended: Tensor = torch.ops.ryzen_llm.append_and_attend(
+        queries,
+        new_keys,
+        new_values,
+        memory,
+        sinks,
+        rotations.offset,
+        rotations.keys,
+        rotations.queries,
+        rotations.values,
+        positions,
+        *(_CODES.index(dtype) for dtype in codes),
+        fine,
+        ring,
+        window,
     )
     return attended.transpose(1, 2)
 
@@ -43,13 +107,10 @@ def attend(
 def _is_compiled() -> bool:
     if not compile_beside(__file__, "attention over a cache takes PyTorch's ops, slowly"):
         return False
-    torch.library.register_fake("ryzen_llm::cached_attention", _shape)
+    torch.library.register_fake("ryzen_llm::append_and_attend", _shape)
     return True
 
 
 def _shape(queries: Tensor, *others: Tensor | int | None) -> Tensor:
-    value_codes = others[3]
-    assert isinstance(value_codes, Tensor)
-    head_dim = value_codes.shape[-1] * (2 if value_codes.dtype == torch.uint8 else 1)
-    batch, heads, time, _ = queries.shape
+    batch, heads, time, head_dim = queries.shape
     return queries.new_empty(batch, time, heads, head_dim)

@@ -1,4 +1,4 @@
-// One span's attention, for `cached_attention_cpu.cpp`, which includes this once for each kind of processor.
+// Where the time goes in `cached_attention_cpu.cpp`, which includes this once for each kind of processor.
 
 template <typename To, typename From>
 INLINE To load(const From* from) {
@@ -8,18 +8,26 @@ INLINE To load(const From* from) {
 }
 
 INLINE Floats all(float x) { return x - Floats{}; }
+INLINE Ints all(int32_t x) { return x - Ints{}; }
 
 // What a vector's bytes stand for; of packed bytes the low or the high codes.
 template <Codes CODES>
 INLINE Floats converted(const uint8_t* bytes, bool high) {
   if constexpr (CODES == Codes::FP32) return load<Floats>(bytes);
   if constexpr (CODES == Codes::BF16) return (Floats)(__builtin_convertvector(load<Halves>(bytes), Ints) << 16);
+#ifdef __AVX512F__  // in two steps what takes GCC three
+  const __m128i eight = load<__m128i>(bytes);
+  if constexpr (CODES == Codes::INT8) return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight));
+  const __m128i four = _mm_and_si128(high ? _mm_srli_epi16(eight, 4) : eight, _mm_set1_epi8(15));
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(four));
+#else
   // By way of 16 bits: GCC 12 widens bytes to 32 one by one.
   if constexpr (CODES == Codes::INT8)
     return __builtin_convertvector(
         __builtin_convertvector(__builtin_convertvector(load<SignedBytes>(bytes), Shorts), Ints), Floats);
   const Halves pair = __builtin_convertvector(load<Bytes>(bytes), Halves);
   return __builtin_convertvector(__builtin_convertvector(high ? pair >> 4 : pair & 15, Ints), Floats);
+#endif
 }
 
 template <Codes CODES>
@@ -54,15 +62,18 @@ INLINE void unpack_any(const Stored& from, int64_t row, int64_t count, Floats* t
   }
 }
 
-// Finite fp16 numbers in fp32; what is missing is `otherwise`.
+// fp16 numbers in fp32; an infinity is no number either.
+INLINE Floats widened(const uint16_t* from) {
+  const Ints bits = __builtin_convertvector(load<Halves>(from), Ints), magnitude = bits & 0x7fff;
+  const Floats finite = (Floats)((Ints)((Floats)(magnitude << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+  return magnitude >= 0x7c00 ? all(NOT_A_NUMBER) : finite;
+}
+
+// The factors of a chunk's rows; what is missing is `otherwise`.
 INLINE void widen(const uint16_t* from, int64_t row, int64_t count, float otherwise, Floats* to) {
   uint16_t halves[CHUNK] = {};
   if (from) std::memcpy(halves, from + row, count * sizeof *halves);
-  for (int64_t i = 0; i < CHUNK / LANES; ++i) {
-    const Ints bits = __builtin_convertvector(load<Halves>(halves + i * LANES), Ints);
-    const Floats magnitude = (Floats)((bits & 0x7fff) << 13) * 0x1p112f;
-    to[i] = from ? (Floats)((Ints)magnitude | (bits & 0x8000) << 16) : all(otherwise);
-  }
+  for (int64_t i = 0; i < CHUNK / LANES; ++i) to[i] = from ? widened(halves + i * LANES) : all(otherwise);
 }
 
 // The sums of sixteen vectors, in a tree: at each level a vector has the sums of twice as many, in half as many lanes.
@@ -93,10 +104,10 @@ INLINE Floats exponential(Floats x) {  // of what is not positive
 }
 
 template <int ROWS>
-INLINE void score(const Task& task, const Floats* tile, int64_t row, Floats* scores) {
+INLINE void score(const Task& task, const Floats* tile, int64_t row, int64_t count, Floats* scores) {
   const int64_t vectors = task.keys.vectors();
   const Floats* queries = task.queries + row * vectors;
-  for (int64_t k = 0; k < CHUNK; k += LANES) {
+  for (int64_t k = 0; k < count; k += LANES) {
     Floats sums[ROWS][LANES];
     for (int64_t i = 0; i < LANES; ++i) {
       const Floats* key = tile + (k + i) * vectors;
@@ -135,31 +146,35 @@ INLINE void by_four(int64_t rows, const Step& step) {
 }
 
 void attend(const Task& task, const Scratch& scratch) {
-  constexpr int64_t parts = CHUNK / LANES;
+  constexpr int64_t most_parts = CHUNK / LANES;
   const int64_t key_vectors = task.keys.vectors(), value_vectors = task.values.vectors();
   Floats *tile = scratch.tile, *scores = scratch.scores;
   for (int64_t start = 0; start < task.count; start += CHUNK) {
     const int64_t count = std::min(CHUNK, task.count - start), row = task.row + start;
     // Slots that are not there have zeros, whose scores are hidden and whose weights are zero.
-    std::fill(tile + count * key_vectors, tile + CHUNK * key_vectors, Floats{});
+    const int64_t parts = (count + LANES - 1) / LANES;
+    std::fill(tile + count * key_vectors, tile + parts * LANES * key_vectors, Floats{});
     unpack_any(task.keys, row, count, tile);
-    Floats scale[parts], minimum[parts];
+    Floats scale[most_parts], minimum[most_parts];
     widen(task.keys.scale, row, count, 1, scale);
     widen(task.keys.minimum, row, count, 0, minimum);
-    by_four(task.rows, [&](auto n, int64_t r) INLINED { score<decltype(n)::value>(task, tile, r, scores); });
-    std::fill(tile + count * value_vectors, tile + CHUNK * value_vectors, Floats{});
+    by_four(task.rows, [&](auto n, int64_t r) INLINED { score<decltype(n)::value>(task, tile, r, count, scores); });
+    std::fill(tile + count * value_vectors, tile + parts * LANES * value_vectors, Floats{});
     unpack_any(task.values, row, count, tile);
-    Floats value_scale[parts], value_minimum[parts];
+    Floats value_scale[most_parts], value_minimum[most_parts];
     widen(task.values.scale, row, count, 1, value_scale);
     widen(task.values.minimum, row, count, 0, value_minimum);
-    int32_t held[CHUNK];
-    for (int64_t k = 0; k < CHUNK; ++k) held[k] = k < count ? task.held[start + k] : -1;
+    Ints held[most_parts];
+    for (int64_t i = 0; i < parts; ++i) {
+      const Ints place = LANE + static_cast<int32_t>(i * LANES), slot = place + static_cast<int32_t>(task.slot + start);
+      const Ints round = slot + task.held.round;  // as if it had been written in this round of the ring
+      held[i] = place < static_cast<int32_t>(count) ? round > task.held.last ? round - task.held.ring : round : all(-1);
+    }
     for (int64_t r = 0; r < task.rows; ++r) {
-      Floats* s = scores + r * parts;
+      Floats* s = scores + r * most_parts;
       Floats most = all(NOTHING), spoilt = {};
       for (int64_t i = 0; i < parts; ++i) {
-        const Ints at = load<Ints>(held + i * LANES);
-        const Ints hidden = (at < task.seen[r].first) | (at > task.seen[r].last) | (at < 0);
+        const Ints hidden = (held[i] < task.seen[r].first) | (held[i] > task.seen[r].last);
         s[i] = hidden ? all(NOTHING) : s[i] * scale[i] + task.query_sums[r] * minimum[i];
         most = s[i] > most ? s[i] : most;
         spoilt += hidden ? Floats{} : s[i] - s[i];  // NaN of what is not finite, which no comparison would find
@@ -188,4 +203,39 @@ void attend(const Task& task, const Scratch& scratch) {
     by_four(task.rows,
             [&](auto n, int64_t r) INLINED { mix<decltype(n)::value>(task, tile, r, (count + 1) / 2 * 2, scores); });
   }
+}
+
+// `to` += `share` * `from`.
+void add(const Floats* from, float share, int64_t vectors, Floats* to) {
+  for (int64_t v = 0; v < vectors; ++v) to[v] += share * from[v];
+}
+
+template <int ROWS, int VECTORS>
+INLINE void multiply_columns(const Matrix& matrix, const float* x, int64_t column, float* to) {
+  Floats sums[ROWS][VECTORS] = {};
+  for (int64_t i = 0; i < matrix.width; ++i)
+    for (int v = 0; v < VECTORS; ++v) {
+      const int64_t at = i * matrix.width + column + v * LANES;
+      const Floats factor = matrix.fp32 ? load<Floats>(matrix.fp32 + at) : widened(matrix.fp16 + at);
+      for (int r = 0; r < ROWS; ++r) sums[r][v] += x[r * matrix.width + i] * factor;
+    }
+  for (int r = 0; r < ROWS; ++r) std::memcpy(to + r * matrix.width + column, sums[r], sizeof sums[r]);
+}
+
+// Rows of a matrix's width times the matrix.
+void multiply(const Matrix& matrix, const float* x, int64_t rows, float* to) {
+  const int64_t width = matrix.width, whole = width / LANES * LANES;
+  by_four(rows, [&](auto n, int64_t r) INLINED {
+    constexpr int ROWS = decltype(n)::value;
+    int64_t column = 0;
+    for (; column + 4 * LANES <= width; column += 4 * LANES)
+      multiply_columns<ROWS, 4>(matrix, x + r * width, column, to + r * width);
+    for (; column < whole; column += LANES) multiply_columns<ROWS, 1>(matrix, x + r * width, column, to + r * width);
+  });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t column = whole; column < width; ++column) {
+      float sum = 0;
+      for (int64_t i = 0; i < width; ++i) sum += x[r * width + i] * matrix.at(i * width + column);
+      to[r * width + column] = sum;
+    }
 }

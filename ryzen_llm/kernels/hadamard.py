@@ -28,6 +28,19 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def hadamard_matrix(size: int, device: torch.device) -> Tensor:
+    """H of `hadamard`, (size, size) fp32; not to be changed."""
+    return _kept_blocks(size, device)
+
+
+@functools.cache
+def _kept_blocks(size: int, device: torch.device) -> Tensor:
+    block = math.gcd(size, 256)
+    with torch.inference_mode(False):
+        return torch.kron(torch.eye(size // block, device=device), _kept_matrix(block, device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _matrix(size: int, device: torch.device) -> Tensor:
     return _kept_matrix(size, device)  # Dynamo would trace through the cache and make it anew in each graph
 

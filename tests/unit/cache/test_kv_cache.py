@@ -46,7 +46,8 @@ def contents(cache: KVCache) -> list[torch.Tensor]:
     for layer in cache.layers:
         used = min(cache.length, layer.most_slots)
         found += [part[:, :, :used] for part in (*layer.keys, *layer.values) if part is not None]
-        found += [buffer[:, :, : min(used, layer.format.sinks)] for buffer in layer.sinks]
+        if layer.sinks is not None:
+            found.append(layer.sinks[:, :, :, : min(used, layer.format.sinks)])
     return found
 
 

@@ -1,0 +1,288 @@
+"""The op of a decoding step: what it stores beside the formats' own code, what it attends to beside fp64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ryzen_llm.cache import CACHES, Int4, LayerCache, LayerFormat, Transform
+from ryzen_llm.kernels import append_and_attend
+from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp
+
+HEADS, KV_HEADS = 6, 2
+CPU = torch.device("cpu")
+FORMATS = {name: format for name, format in CACHES.items() if name != "fp8"}
+
+
+def _transform(head_dim: int) -> Transform:
+    draw = torch.Generator().manual_seed(1)
+    noise = torch.randn(KV_HEADS, head_dim, head_dim, generator=draw)
+    matrix = (torch.eye(head_dim) + 0.3 / head_dim**0.5 * noise).half()
+    offset = torch.randn(KV_HEADS, 1, head_dim, generator=draw)
+    return Transform(offset, matrix, torch.linalg.inv(matrix.float()).half())
+
+
+def a_format(name: str, head_dim: int) -> LayerFormat:
+    if name == "calibrated":
+        return LayerFormat(Int4(fine=4), Int4(), sinks=4, key_transform=_transform(head_dim))
+    return FORMATS[name]
+
+
+class Case:
+    """A layer that has read `length` tokens of two texts, the second of them shorter where `ragged`."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        head_dim: int = 64,
+        length: int = 300,
+        window: int = 0,
+        ragged: bool = False,
+    ) -> None:
+        assert is_in_cpp()
+        self.draw = torch.Generator().manual_seed(length + head_dim)
+        self.dtype, self.head_dim, self.length, self.ragged = dtype, head_dim, length, ragged
+        self.layer = LayerCache(
+            a_format(name, head_dim),
+            batch_size=2,
+            kv_heads=KV_HEADS,
+            head_dim=head_dim,
+            window=window,
+            max_length=2000,
+            dtype=dtype,
+            device=CPU,
+        )
+        self.layer.grow(length + 20)
+        self.held = torch.full((2, self.layer.num_slots), -1)
+        if length:
+            self.layer.positions = torch.arange(length)[None]
+            self.layer.attend(*self.vectors(length))
+            self.note(self.layer.positions)
+
+    def vectors(self, time: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; keys have a channel that stands out."""
+        shapes = [(2, heads, time, self.head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        queries, keys, values = (torch.randn(shape, generator=self.draw) for shape in shapes)
+        keys[..., 3] += 4
+        return queries.to(self.dtype), keys.to(self.dtype), (values + 1).to(self.dtype)
+
+    def positions(self, time: int) -> Tensor:
+        ends = torch.tensor([[self.length], [self.length - 7 if self.ragged else self.length]])
+        found = ends + torch.arange(time)
+        return found if self.ragged else found[:1]
+
+    def note(self, positions: Tensor) -> None:
+        """What each slot holds from now on."""
+        for text, row in enumerate(positions.expand(2, -1).tolist()):
+            for position in row:
+                self.held[text, position % self.layer.ring if self.layer.ring else position] = position
+
+    def run(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        layer = self.layer
+        self.note(positions)
+        layer.prepare_to_compile()
+        assert layer.memory is not None
+        return append_and_attend(
+            queries,
+            keys,
+            values,
+            layer.memory,
+            (layer.keys.codes.dtype, layer.values.codes.dtype),
+            positions,
+            fine=layer.keys.width - self.head_dim,
+            ring=layer.ring,
+            window=layer.window,
+            sinks=layer.sinks,
+            rotations=layer._rotations(CPU),
+        )
+
+    def expected(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """Softmax attention in fp64 on what the slots stand for: nothing rotated, each query by itself."""
+        layer, size = self.layer, self.head_dim
+        hadamard = layer._rotations(CPU).values
+        channels = layer.format.keys.against_codes(torch.eye(size)).double()
+        keys, values = layer.keys.dequantised().double() @ channels.T, layer.values.dequantised().double()
+        if hadamard is not None:
+            values = values @ hadamard.double()
+        if layer.key_transform:
+            offset, _, inverse = layer.key_transform
+            keys = keys @ inverse.double().mT + offset.double()
+        elif layer.format.keys.rotated:
+            assert hadamard is not None
+            keys = keys @ hadamard.double()
+        out = torch.zeros(queries.shape, dtype=torch.float64)
+        for text, head, t in torch.cartesian_prod(*(torch.arange(n) for n in queries.shape[:3])).tolist():
+            at, kv = int(positions.expand(2, -1)[text, t]), head * KV_HEADS // HEADS
+            first = max(at - layer.window + 1, 0) if layer.window else 0
+            k, v = [], []
+            for position in range(first, at + 1):
+                if layer.sinks is not None and position < layer.format.sinks:
+                    key, value = (part[text, kv, position].double() for part in layer.sinks)
+                else:
+                    (slot,) = (self.held[text] == position).nonzero()[0].tolist()
+                    key, value = keys[text, kv, slot], values[text, kv, slot]
+                k.append(key)
+                v.append(value)
+            scores = torch.stack(k) @ queries[text, head, t].double() / size**0.5
+            out[text, head, t] = scores.softmax(-1) @ torch.stack(v)
+        return out
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"ragged": True},
+    {"length": 1},
+    {"length": 0},
+    {"head_dim": 24, "length": 40},
+    {"head_dim": 128, "length": 70},
+    {"window": 100, "length": 290, "ragged": True},
+    {"window": 100, "length": 60},
+    {"length": 700},
+]
+CODES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
+NAMES = [*FORMATS, "calibrated"]
+
+
+@pytest.mark.parametrize("time", [1, 5])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_attends_to_what_it_stores(name: str, setting: dict[str, Any], time: int) -> None:
+    case = Case(name, **setting)
+    positions, (queries, keys, values) = case.positions(time), case.vectors(time)
+    got = case.run(queries, keys, values, positions)
+    torch.testing.assert_close(got.double(), case.expected(queries, positions), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_stores_the_bytes_that_the_formats_do(
+    name: str, setting: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """So that a token is read back the same whether a prompt brought it or a step."""
+    case, other = (Case(name, dtype=dtype, **setting) for _ in range(2))
+    positions, new = case.positions(5), case.vectors(5)
+    case.run(*new, positions)
+    other.layer.positions = positions
+    other.layer.attend(*new)
+    a, b = case.layer, other.layer
+    for kept, wanted in zip((*a.keys, *a.values), (*b.keys, *b.values), strict=True):
+        assert kept is wanted is None or torch.equal(kept, wanted)
+    if a.sinks is not None and b.sinks is not None:
+        assert torch.equal(a.sinks[..., :-1, :], b.sinks[..., :-1, :])
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if "window" not in s], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_gives_the_same_alone_and_with_others(name: str, setting: dict[str, Any]) -> None:
+    """To the bit, so that a pass over drafted tokens scores them as plain decoding does."""
+    together, alone = (Case(name, **setting) for _ in range(2))
+    positions, new = together.positions(7), together.vectors(7)
+    all_at_once = together.run(*new, positions)
+    for t in range(7):
+        one = alone.run(*(x[:, :, t : t + 1] for x in new), positions[:, t : t + 1])
+        assert torch.equal(one, all_at_once[:, :, t : t + 1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_is_rounded_once(name: str) -> None:
+    """Sums are fp32 whatever the queries and the cache are."""
+    case = Case(name, dtype=torch.bfloat16)
+    positions, (queries, keys, values) = case.positions(3), case.vectors(3)
+    got, exact = case.run(queries, keys, values, positions), case.expected(queries, positions)
+    assert got.dtype == torch.bfloat16
+    error = (got.double() - exact).abs()
+    assert (error <= 2.0**-8 * exact.abs() + 2e-5).all()
+
+
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("length", [3, 128, 256])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_no_number_does_not_get_lost(name: str, length: int, which: int, damage: float) -> None:
+    """Also where a chunk or a span has no others, whose largest score no comparison finds. What fp16 cannot
+    scale is no number either.
+    """
+    case = Case(name, length=length)
+    stored = (case.layer.keys, case.layer.values)[which - 1]
+    if damage == 1e30 and (stored.scale is None or length < case.layer.format.sinks):
+        pytest.skip("as it is, it is a number")
+    new = case.vectors(1)
+    new[which][..., 5] = damage
+    got = case.run(*new, case.positions(1))
+    assert not got.isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"queries": torch.zeros(2, 6, 1, 24)}, "queries, keys or values are"),
+        ({"queries": torch.zeros(2, 5, 1, 64)}, "do not fit"),
+        ({"keys": torch.zeros(2, 3, 1, 64)}, "do not fit"),
+        ({"values": torch.zeros(2, 2, 1, 64).double()}, "queries, keys or values are"),
+        ({"positions": torch.zeros(2, 3, dtype=torch.int64)}, "do not fit"),
+        ({"positions": torch.zeros(1, 1, dtype=torch.int32)}, "do not fit"),
+        ({"positions": torch.tensor([[320]])}, "position 320 is not in the 320 slots"),
+        ({"positions": torch.tensor([[-1]])}, "position -1"),
+    ],
+    ids=["width", "heads", "key heads", "dtype", "time", "integers", "beyond", "negative"],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(wrong: dict[str, Any], message: str) -> None:
+    case = Case("int8")
+    case.layer.prepare_to_compile()
+    before = [x.clone() for x in case.layer.tensors]
+    queries, keys, values = case.vectors(1)
+    arguments = {"queries": queries, "keys": keys, "values": values, "positions": case.positions(1)} | wrong
+    case.note = lambda positions: None  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=message):
+        case.run(**arguments)
+    assert all(torch.equal(x, y) for x, y in zip(before, case.layer.tensors, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_op_is_what_it_is_registered_as(name: str) -> None:
+    """That it changes what it says it does only, and that shape and dtype are those that tracing goes by."""
+    case = Case(name, length=20)
+    layer, rotations = case.layer, case.layer._rotations(CPU)
+    layer.prepare_to_compile()
+    codes = [CODES.index(stored.codes.dtype) for stored in (layer.keys, layer.values)]
+    torch.library.opcheck(
+        torch.ops.ryzen_llm.append_and_attend.default,
+        (
+            *case.vectors(3),
+            layer.memory,
+            layer.sinks,
+            rotations.offset,
+            rotations.keys,
+            rotations.queries,
+            rotations.values,
+            case.positions(3),
+            *codes,
+            layer.keys.width - 64,
+            layer.ring,
+            layer.window,
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("in_cpp", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_compiled_layer_gives_the_same(name: str, in_cpp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With any number of slots, as a cache grows, and with PyTorch's ops where there is no compiler."""
+    monkeypatch.setattr("ryzen_llm.cache.layer.is_in_cpp", lambda: in_cpp)
+    torch._dynamo.reset()
+    case = Case(name, length=40, ragged=True)
+    positions, new = case.positions(2), case.vectors(2)
+    case.layer.positions = positions
+    case.layer.prepare_to_compile()
+    assert (case.layer.memory is not None) is in_cpp
+    with torch.inference_mode():
+        got = torch.compile(case.layer.attend, fullgraph=True, dynamic=False)(*new)
+    case.note(positions)
+    # PyTorch's form takes sinks through the matrix and its rounded inverse, too.
+    close = 5e-4 if name == "calibrated" and not in_cpp else 2e-5
+    torch.testing.assert_close(got.double(), case.expected(new[0], positions), atol=close, rtol=close)
