@@ -61,9 +61,9 @@ def profile_decoding(generator: Generator, prompt: Tensor) -> dict[str, Any]:
 def _part(name: str) -> str | None:
     """What a kernel of the step is for; None for what is not a kernel."""
     if "cpp_fused" in name:  # and then the names of the ops around it
-        return "norms, rotation, gates, cache writes, sampling (fused)"
-    if name == "ryzen_llm::cached_attention":
-        return "attention"
+        return "norms, rotation, gates, sampling (fused)"
+    if name == "ryzen_llm::append_and_attend":
+        return "attention, cache writes"
     products = ("ryzen_llm::int4_linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
     return "products with weights" if name in products or "pack_mm" in name else None
 

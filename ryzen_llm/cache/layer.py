@@ -89,7 +89,7 @@ class LayerCache:
         return self.keys.codes.shape[2]
 
     def grow(self, num_slots: int) -> None:
-        """Make room for `num_slots` tokens, one tensor after the other, so that only one exists twice."""
+        """Make room for `num_slots` tokens. Tensors are copied one after the other: only one exists twice."""
         num_slots = min(num_slots, self.most_slots)
         if num_slots <= self.num_slots:
             return

@@ -218,6 +218,7 @@ struct Call {
   int64_t slot(int64_t text, int64_t t) const { return ring ? position(text, t) % ring : position(text, t); }
   int64_t texts_heads() const { return batch * kv_heads; }
   int64_t context_vectors() const { return std::max(values.slots.vectors(), values.sinks.vectors()); }
+
   // So that their scores are less by q · offset, as all others are.
   void subtract_offset_from_sinks() {
     const int64_t width = keys.given.width, of_head = keys.sinks.slots * width;
@@ -228,6 +229,7 @@ struct Call {
     keys.sinks.bytes = reinterpret_cast<uint8_t*>(less_offset.data());
     keys.sinks.end = keys.sinks.bytes + less_offset.size() * sizeof(float);
   }
+
   // A thread is not woken for less than sixteen rows.
   int64_t grain() const { return 16 / rows + 1; }
 };
@@ -337,7 +339,10 @@ void combine(const Call& call, int64_t head, float* to) {
   }
   for (int64_t r = 0; r < call.rows; ++r) {
     const float* sums = gather(sinks, call.in_slots, call.spans, r);
-    for (int64_t c = 0; c < width; ++c) to[r * width + c] = (to[r * width + c] + (call.num_sinks ? sums[c] : 0)) / total[r];
+    for (int64_t c = 0; c < width; ++c) {
+      float& x = to[r * width + c];
+      x = (x + (call.num_sinks ? sums[c] : 0)) / total[r];
+    }
   }
 }
 
@@ -373,7 +378,8 @@ void find_slots(Call& call, const Tensor& memory, Codes key_codes, Codes value_c
   for (const int64_t size : {4, 2, 1})
     for (const Part& part : parts)
       if (part.size == size) *part.at = at, at += size * part.numbers * call.texts_heads() * keys.slots;
-  for (Stored* stored : {&keys, &values}) stored->end = stored->bytes + call.texts_heads() * keys.slots * stored->row_bytes;
+  for (Stored* stored : {&keys, &values})
+    stored->end = stored->bytes + call.texts_heads() * keys.slots * stored->row_bytes;
   STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.dim() == 1 && memory.is_contiguous() &&
                       memory.numel() == of_slot * keys.slots,
                   "append_and_attend: memory is ", shape(memory), " ", memory.scalar_type(),
@@ -419,7 +425,8 @@ void check(const Call& call, const Tensor& queries, const Tensor& new_keys, cons
                         x->size(2) == call.time && x->size(3) == call.queries.width,
                     "append_and_attend: queries, keys or values are ", shape(*x), " ", x->scalar_type(),
                     ", expected fp32 or bf16, all of one type, batch, time and width");
-  STD_TORCH_CHECK(call.rows > 0 && call.queries.heads == call.groups * call.kv_heads && call.values.given.heads == call.kv_heads &&
+  STD_TORCH_CHECK(call.rows > 0 && call.queries.heads == call.groups * call.kv_heads &&
+                      call.values.given.heads == call.kv_heads &&
                       positions.dim() == 2 && positions.scalar_type() == ScalarType::Long &&
                       positions.size(1) == call.time &&
                       (positions.size(0) == 1 || positions.size(0) == call.batch) &&

@@ -38,7 +38,7 @@ class Rotations(NamedTuple):
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_in_cpp() -> bool:
-    """Whether the op is there; compiles it in a machine's first call, some ten seconds."""
+    """Whether the op is there; compiles it in a machine's first call, up to half a minute."""
     return _is_compiled()
 
 

@@ -7,25 +7,27 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.cache import CACHES, Int4, LayerCache, LayerFormat, Transform
-from ryzen_llm.kernels import append_and_attend
+from ryzen_llm.kernels import append_and_attend, hadamard_matrix
 from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp
 
-HEADS, KV_HEADS = 6, 2
+HEADS = 6
 CPU = torch.device("cpu")
 FORMATS = {name: format for name, format in CACHES.items() if name != "fp8"}
+FORMATS["int4 keys only"] = LayerFormat(Int4(), FORMATS["dense"].values)
+FORMATS["fine"] = LayerFormat(Int4(fine=4), Int4(), sinks=3)
 
 
-def _transform(head_dim: int) -> Transform:
+def _transform(head_dim: int, kv_heads: int) -> Transform:
     draw = torch.Generator().manual_seed(1)
-    noise = torch.randn(KV_HEADS, head_dim, head_dim, generator=draw)
+    noise = torch.randn(kv_heads, head_dim, head_dim, generator=draw)
     matrix = (torch.eye(head_dim) + 0.3 / head_dim**0.5 * noise).half()
-    offset = torch.randn(KV_HEADS, 1, head_dim, generator=draw)
+    offset = torch.randn(kv_heads, 1, head_dim, generator=draw)
     return Transform(offset, matrix, torch.linalg.inv(matrix.float()).half())
 
 
-def a_format(name: str, head_dim: int) -> LayerFormat:
+def a_format(name: str, head_dim: int, kv_heads: int) -> LayerFormat:
     if name == "calibrated":
-        return LayerFormat(Int4(fine=4), Int4(), sinks=4, key_transform=_transform(head_dim))
+        return LayerFormat(Int4(fine=4), Int4(), sinks=4, key_transform=_transform(head_dim, kv_heads))
     return FORMATS[name]
 
 
@@ -38,6 +40,7 @@ class Case:
         *,
         dtype: torch.dtype = torch.float32,
         head_dim: int = 64,
+        kv_heads: int = 2,
         length: int = 300,
         window: int = 0,
         ragged: bool = False,
@@ -46,9 +49,9 @@ class Case:
         self.draw = torch.Generator().manual_seed(length + head_dim)
         self.dtype, self.head_dim, self.length, self.ragged = dtype, head_dim, length, ragged
         self.layer = LayerCache(
-            a_format(name, head_dim),
+            a_format(name, head_dim, kv_heads),
             batch_size=2,
-            kv_heads=KV_HEADS,
+            kv_heads=kv_heads,
             head_dim=head_dim,
             window=window,
             max_length=2000,
@@ -64,7 +67,9 @@ class Case:
 
     def vectors(self, time: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values; keys have a channel that stands out."""
-        shapes = [(2, heads, time, self.head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        shapes = [
+            (2, heads, time, self.head_dim) for heads in (HEADS, self.layer.kv_heads, self.layer.kv_heads)
+        ]
         queries, keys, values = (torch.randn(shape, generator=self.draw) for shape in shapes)
         keys[..., 3] += 4
         return queries.to(self.dtype), keys.to(self.dtype), (values + 1).to(self.dtype)
@@ -102,20 +107,19 @@ class Case:
     def expected(self, queries: Tensor, positions: Tensor) -> Tensor:
         """Softmax attention in fp64 on what the slots stand for: nothing rotated, each query by itself."""
         layer, size = self.layer, self.head_dim
-        hadamard = layer._rotations(CPU).values
+        hadamard = hadamard_matrix(size, CPU).double()
         channels = layer.format.keys.against_codes(torch.eye(size)).double()
         keys, values = layer.keys.dequantised().double() @ channels.T, layer.values.dequantised().double()
-        if hadamard is not None:
-            values = values @ hadamard.double()
+        if layer.format.values.rotated:
+            values = values @ hadamard
         if layer.key_transform:
             offset, _, inverse = layer.key_transform
             keys = keys @ inverse.double().mT + offset.double()
         elif layer.format.keys.rotated:
-            assert hadamard is not None
-            keys = keys @ hadamard.double()
+            keys = keys @ hadamard
         out = torch.zeros(queries.shape, dtype=torch.float64)
         for text, head, t in torch.cartesian_prod(*(torch.arange(n) for n in queries.shape[:3])).tolist():
-            at, kv = int(positions.expand(2, -1)[text, t]), head * KV_HEADS // HEADS
+            at, kv = int(positions.expand(2, -1)[text, t]), head * layer.kv_heads // HEADS
             first = max(at - layer.window + 1, 0) if layer.window else 0
             k, v = [], []
             for position in range(first, at + 1):
@@ -136,7 +140,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"ragged": True},
     {"length": 1},
     {"length": 0},
-    {"head_dim": 24, "length": 40},
+    {"head_dim": 24, "kv_heads": 1, "length": 40},
     {"head_dim": 128, "length": 70},
     {"window": 100, "length": 290, "ragged": True},
     {"window": 100, "length": 60},
