@@ -1,9 +1,9 @@
 // New tokens' keys and values are stored, and attention of a few queries over all of them is computed, as
 // `cached_attention.py` says.
 //
-// A task is a key head and SPAN slots, of which CHUNK at a time are unpacked to fp32, for all queries that share the
-// head; softmax goes on from chunk to chunk, and the spans are put together at the end. Where spans and chunks begin and
-// the order of all sums are the same for any number of queries, so that a query's result does not depend on the others.
+// A task is a key head and SPAN slots, for all queries that share the head: codes become numbers in registers, where up to
+// four queries use them. The spans are put together at the end. Where spans begin and the order of all sums are the same
+// for any number of queries, so that a query's result does not depend on the others.
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, CHUNK = 64, SPAN = 256;
+constexpr int64_t LANES = 16, SPAN = 128, PARTS = SPAN / LANES;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
@@ -44,6 +44,10 @@ constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 enum class Codes { FP32, BF16, INT8, INT4 };
 
+// That sixteen numbers or, where they are packed, bytes become.
+constexpr int vectors_at_once(Codes codes) { return codes == Codes::INT4 ? 2 : 1; }
+constexpr int bytes_of(Codes codes) { return codes == Codes::FP32 ? 4 : codes == Codes::BF16 ? 2 : 1; }
+
 // Keys or values, (heads, slots, width), of all texts.
 struct Stored {
   Codes codes = Codes::FP32;
@@ -53,11 +57,13 @@ struct Stored {
   uint16_t* minimum = nullptr;  // fp16
   int64_t width = 0, slots = 0, row_bytes = 0;
 
-  // Vectors of a row once it is unpacked: its low and high halves begin with one each.
+  const uint8_t* row(int64_t i) const { return bytes + i * row_bytes; }
+  // Vectors of a row once it is unpacked: of packed bytes one of the low halves, one of the high ones, and so on.
   int64_t vectors() const { return codes == Codes::INT4 ? 2 * vectors_of(row_bytes) : vectors_of(width); }
   int64_t place(int64_t channel) const {
-    const int64_t half = width / 2;
-    return codes == Codes::INT4 && channel >= half ? vectors_of(half) * LANES + channel - half : channel;
+    if (codes != Codes::INT4) return channel;
+    const int64_t byte = channel % (width / 2), high = channel / (width / 2);
+    return (2 * (byte / LANES) + high) * LANES + byte % LANES;
   }
   // A number, of fp32 or bf16.
   float at(int64_t i) const {
@@ -104,7 +110,7 @@ struct Matrix {
   float at(int64_t i) const { return fp32 ? fp32[i] : static_cast<float>(reinterpret_cast<const Half*>(fp16)[i]); }
 };
 
-// Vectors at a boundary of their size, to which std::vector does not keep; zeros where they are new.
+// Vectors at a boundary of their size, to which std::vector does not keep; any numbers at first.
 class Room {
  public:
   Floats* of(int64_t vectors) {
@@ -118,45 +124,22 @@ class Room {
   std::vector<float> numbers_;
 };
 
-struct Scratch {
-  Floats *tile, *scores;
-};
-
 #include "cached_attention_encode.h"
 
-// GCC makes vectors into what the processor has before it inlines, so that all of this has to be compiled for each.
-namespace anywhere {
-#include "cached_attention_span.h"
-}
-#ifdef __x86_64__
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "cached_attention_span.h"
-}
-#pragma GCC pop_options
+// What has the most to do is compiled for the processor, the rest for any: a product and a sum rounded at once would
+// store other bytes than PyTorch does.
+#ifdef FOR_AVX512
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma")
-namespace avx512 {
+#elif defined(FOR_AVX2)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#include "cached_attention_vectors.h"
 #include "cached_attention_span.h"
-}
+#if defined(FOR_AVX512) || defined(FOR_AVX2)
 #pragma GCC pop_options
 #endif
-
-struct Forms {
-  decltype(&anywhere::attend) attend;
-  decltype(&anywhere::add) add;
-  decltype(&anywhere::multiply) multiply;
-};
-
-Forms fastest() {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-    return {avx512::attend, avx512::add, avx512::multiply};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::attend, avx2::add, avx2::multiply};
-#endif
-  return {anywhere::attend, anywhere::add, anywhere::multiply};
-}
 
 // What a model gives, (batch, heads, time, width), of fp32 or bf16.
 struct Given {
@@ -172,11 +155,13 @@ struct Given {
   // All tokens of some heads of a text, (count * time, width).
   void read(int64_t text, int64_t head, int64_t count, float* to) const {
     for (int64_t h = head; h < head + count; ++h)
-      for (int64_t t = 0; t < time; ++t) {
+      for (int64_t t = 0; t < time; ++t, to += width) {
         const int64_t from = text * steps[0] + h * steps[1] + t * steps[2];
-        for (int64_t c = 0; c < width; ++c, ++to)
-          *to = bf16 ? static_cast<float>(static_cast<const BFloat16*>(data)[from + c * steps[3]])
-                     : static_cast<const float*>(data)[from + c * steps[3]];
+        const auto* halves = static_cast<const BFloat16*>(data) + from;
+        const auto* numbers = static_cast<const float*>(data) + from;
+        if (bf16 && steps[3] == 1) widen_all(reinterpret_cast<const uint16_t*>(halves), width, to);
+        else
+          for (int64_t c = 0; c < width; ++c) to[c] = bf16 ? static_cast<float>(halves[c * steps[3]]) : numbers[c * steps[3]];
       }
   }
 };
@@ -205,9 +190,7 @@ struct Call {
   const int64_t* positions = nullptr;
   int64_t text_step = 0, step = 0;
   // What follows is worked out from these.
-  Forms run = fastest();
   int64_t used = 0, in_slots = 0, spans = 0;
-  Room query_room, context_room;
   Floats *prepared = nullptr, *prepared_for_sinks = nullptr, *contexts = nullptr;
   std::vector<float> query_sums;
   std::vector<Seen> seen, seen_of_sinks;
@@ -245,7 +228,7 @@ void append(const Call& call, const Side& side, int64_t text, int64_t head) {
       encode(&given[t * width], width, side.sinks, row * side.sinks.slots + call.position(text, t), room.data());
   if (side.offset)
     for (int64_t i = 0; i < call.time * width; ++i) given[i] -= side.offset[head * width + i % width];
-  if (side.rotation) call.run.multiply(side.rotation_of(head), given.data(), call.time, rotated.data());
+  if (side.rotation) multiply(side.rotation_of(head), given.data(), call.time, rotated.data());
   for (int64_t t = 0; t < call.time; ++t)
     encode((side.rotation ? rotated : given).data() + t * width, width, side.slots,
            row * side.slots.slots + call.slot(text, t), room.data());
@@ -261,12 +244,13 @@ void prepare(Call& call, int64_t text, int64_t head) {
   const float factor = 1 / std::sqrt(static_cast<float>(width));
   for (float& x : given) x *= factor;
   if (call.query_rotation)
-    call.run.multiply(Side::next(call.query_rotation, head * call.keys.rotation_step), given.data(), call.rows,
+    multiply(Side::next(call.query_rotation, head * call.keys.rotation_step), given.data(), call.rows,
                       rotated.data());
   const std::vector<float>& turned = call.query_rotation ? rotated : given;
   const int64_t fine = slots.width - width, half = (width - fine) / 2;
   for (int64_t r = 0; r < call.rows; ++r) {
     auto* to = reinterpret_cast<float*>(call.prepared + (row + r) * slots.vectors());
+    std::fill_n(to, slots.vectors() * LANES, 0.0f);
     float sum = 0;
     const auto put = [&](int64_t channel, float x) { to[slots.place(channel)] = x, sum += x; };
     for (int64_t c = 0; c < width; ++c) {
@@ -277,12 +261,13 @@ void prepare(Call& call, int64_t text, int64_t head) {
     }
     call.query_sums[row + r] = sum;
     auto* to_sinks = reinterpret_cast<float*>(call.prepared_for_sinks + (row + r) * sinks.vectors());
+    std::fill_n(to_sinks, sinks.vectors() * LANES, 0.0f);
     if (call.num_sinks) std::copy_n(&given[r * width], width, to_sinks);
   }
 }
 
 void attend_to_span(Call& call, int64_t i) {
-  thread_local Room tile, scores;
+  thread_local Room scores;
   const int64_t head = i / call.spans, span = i % call.spans, text = head / call.kv_heads;
   const bool in_sinks = span == call.in_slots;
   Task task;
@@ -302,47 +287,45 @@ void attend_to_span(Call& call, int64_t i) {
   task.rows = call.rows;
   task.sums = call.sums.data() + i * call.rows;
   task.context = call.contexts + i * call.rows * call.context_vectors();
-  const int64_t vectors = std::max(task.keys.vectors(), task.values.vectors());
-  call.run.attend(task, {tile.of(CHUNK * vectors), scores.of(call.rows * (CHUNK / LANES))});
+  attend(task, scores.of(call.rows * PARTS));
+}
+
+// The spans' contexts of one query of a key head, weighted by `shares`.
+const float* gather(const Call& call, int64_t head, int64_t row, const Stored& values, const float* shares, int64_t begin,
+                    int64_t end) {
+  thread_local Room room;
+  Floats* sums = room.of(values.vectors());
+  std::fill_n(sums, values.vectors(), Floats{});
+  for (int64_t s = begin; s < end; ++s) {
+    const Floats* contexts = call.contexts + (head * call.spans + s) * call.rows * call.context_vectors();
+    add(contexts + row * values.vectors(), shares[s], values.vectors(), sums);
+  }
+  return reinterpret_cast<const float*>(sums);
 }
 
 // Puts a key head's spans together, (rows, width).
 void combine(const Call& call, int64_t head, float* to) {
-  thread_local Room sum;
-  thread_local std::vector<float> turned;
+  thread_local std::vector<float> shares, turned;
   const Stored &slots = call.values.slots, &sinks = call.values.sinks;
-  const int64_t width = call.values.given.width, in_span = call.rows * call.context_vectors();
-  std::vector<float> highest(call.rows, NOTHING), total(call.rows);
-  const auto sum_of = [&](int64_t span, int64_t r) { return call.sums[(head * call.spans + span) * call.rows + r]; };
-  const auto share = [&](int64_t span, int64_t r) {
-    const Sum found = sum_of(span, r);
-    return found.highest == NOTHING ? 0 : std::exp(found.highest - highest[r]);
-  };
-  const auto gather = [&](const Stored& values, int64_t begin, int64_t end, int64_t r) {
-    Floats* sums = sum.of(values.vectors());
-    std::fill(sums, sums + values.vectors(), Floats{});
-    for (int64_t s = begin; s < end; ++s) {
-      const Floats* context = call.contexts + (head * call.spans + s) * in_span + r * values.vectors();
-      total[r] += share(s, r) * sum_of(s, r).total;
-      call.run.add(context, share(s, r), values.vectors(), sums);
-    }
-    return reinterpret_cast<const float*>(sums);
-  };
+  const int64_t width = call.values.given.width;
+  shares.resize(call.rows * call.spans), turned.resize(call.rows * width);
   for (int64_t r = 0; r < call.rows; ++r) {
-    for (int64_t s = 0; s < call.spans; ++s) highest[r] = std::max(highest[r], sum_of(s, r).highest);
-    const float* sums = gather(slots, 0, call.in_slots, r);
-    for (int64_t c = 0; c < width; ++c) to[r * width + c] = sums[slots.place(c)];
+    const auto sum_of = [&](int64_t span) { return call.sums[(head * call.spans + span) * call.rows + r]; };
+    float *share = &shares[r * call.spans], highest = NOTHING, total = 0;
+    for (int64_t s = 0; s < call.spans; ++s) highest = std::max(highest, sum_of(s).highest);
+    for (int64_t s = 0; s < call.spans; ++s)
+      total += (share[s] = std::exp(sum_of(s).highest - highest)) * sum_of(s).total;
+    for (int64_t s = 0; s < call.spans; ++s) share[s] /= total;
+    const float* sums = gather(call, head, r, slots, share, 0, call.in_slots);
+    for (int64_t c = 0; c < width; ++c) turned[r * width + c] = sums[slots.place(c)];
   }
-  if (call.values.rotation) {
-    turned.assign(to, to + call.rows * width);
-    call.run.multiply(call.values.rotation_of(head % call.kv_heads), turned.data(), call.rows, to);
-  }
-  for (int64_t r = 0; r < call.rows; ++r) {
-    const float* sums = gather(sinks, call.in_slots, call.spans, r);
-    for (int64_t c = 0; c < width; ++c) {
-      float& x = to[r * width + c];
-      x = (x + (call.num_sinks ? sums[c] : 0)) / total[r];
-    }
+  if (call.values.rotation)
+    multiply(call.values.rotation_of(head % call.kv_heads), turned.data(), call.rows, to);
+  else
+    std::copy_n(turned.data(), call.rows * width, to);
+  for (int64_t r = 0; r < call.rows && call.num_sinks; ++r) {
+    const float* sums = gather(call, head, r, sinks, &shares[r * call.spans], call.in_slots, call.spans);
+    for (int64_t c = 0; c < width; ++c) to[r * width + c] += sums[c];
   }
 }
 
@@ -350,7 +333,7 @@ void write(const Tensor& y, int64_t from, const float* x, int64_t count) {
   if (y.scalar_type() == ScalarType::Float)
     std::memcpy(static_cast<float*>(y.mutable_data_ptr()) + from, x, count * sizeof *x);
   else
-    std::copy_n(x, count, static_cast<BFloat16*>(y.mutable_data_ptr()) + from);
+    round_all(x, count, static_cast<uint16_t*>(y.mutable_data_ptr()) + from);
 }
 
 // The slots' codes, scale and minimum, which `memory` holds one after the other, those of wider numbers first.
@@ -361,7 +344,7 @@ void find_slots(Call& call, const Tensor& memory, Codes key_codes, Codes value_c
   };
   std::vector<Part> parts;
   const auto add = [&](Stored& stored, Codes codes, int64_t width) {
-    const int64_t size = codes == Codes::FP32 ? 4 : codes == Codes::BF16 ? 2 : 1;
+    const int64_t size = bytes_of(codes);
     stored.codes = codes, stored.width = width;
     stored.row_bytes = codes == Codes::INT4 ? width / 2 : width * size;
     parts.push_back({size, stored.row_bytes / size, reinterpret_cast<void**>(&stored.bytes)});
@@ -470,9 +453,10 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
     call.keys.offset = static_cast<const float*>(offset->const_data_ptr());
   }
 
+  thread_local Room query_room, context_room;
   call.query_sums.resize(call.texts_heads() * call.rows);
   const int64_t key_vectors = call.keys.slots.vectors(), rows = call.texts_heads() * call.rows;
-  call.prepared = call.query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
+  call.prepared = query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
   call.prepared_for_sinks = call.prepared + rows * key_vectors;
   parallel_for(0, call.texts_heads(), call.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -494,7 +478,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   }
   call.in_slots = (call.used + SPAN - 1) / SPAN, call.spans = call.in_slots + (call.num_sinks > 0);
   call.sums.resize(rows * call.spans);
-  call.contexts = call.context_room.of(rows * call.spans * call.context_vectors());
+  call.contexts = context_room.of(rows * call.spans * call.context_vectors());
   parallel_for(0, call.texts_heads() * call.spans, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) attend_to_span(call, i);
   });

@@ -1,139 +1,64 @@
 // Where the time goes in `cached_attention_cpu.cpp`, which includes this once for each kind of processor.
 
-template <typename To, typename From>
-INLINE To load(const From* from) {
-  To to;
-  std::memcpy(&to, from, sizeof to);
-  return to;
-}
-
-INLINE Floats all(float x) { return x - Floats{}; }
-INLINE Ints all(int32_t x) { return x - Ints{}; }
-
-// What a vector's bytes stand for; of packed bytes the low or the high codes.
-template <Codes CODES>
-INLINE Floats converted(const uint8_t* bytes, bool high) {
-  if constexpr (CODES == Codes::FP32) return load<Floats>(bytes);
-  if constexpr (CODES == Codes::BF16) return (Floats)(__builtin_convertvector(load<Halves>(bytes), Ints) << 16);
-#ifdef __AVX512F__  // in two steps what takes GCC three
-  const __m128i eight = load<__m128i>(bytes);
-  if constexpr (CODES == Codes::INT8) return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight));
-  const __m128i four = _mm_and_si128(high ? _mm_srli_epi16(eight, 4) : eight, _mm_set1_epi8(15));
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(four));
-#else
-  // By way of 16 bits: GCC 12 widens bytes to 32 one by one.
-  if constexpr (CODES == Codes::INT8)
-    return __builtin_convertvector(
-        __builtin_convertvector(__builtin_convertvector(load<SignedBytes>(bytes), Shorts), Ints), Floats);
-  const Halves pair = __builtin_convertvector(load<Bytes>(bytes), Halves);
-  return __builtin_convertvector(__builtin_convertvector(high ? pair >> 4 : pair & 15, Ints), Floats);
-#endif
-}
-
-template <Codes CODES>
-INLINE void unpack(const Stored& from, int64_t row, int64_t count, Floats* tile) {
-  constexpr int64_t number = CODES == Codes::FP32 ? 4 : CODES == Codes::BF16 ? 2 : 1, step = number * LANES;
-  const int64_t vectors = from.vectors(), whole = from.row_bytes / step, left = from.row_bytes % step;
-  const uint8_t* bytes = from.bytes + row * from.row_bytes;
-  for (int64_t k = 0; k < count; ++k, tile += vectors, bytes += from.row_bytes) {
-    Floats* high = tile + vectors / 2;
-    for (int64_t line = 0; line < from.row_bytes; line += 64)  // of the next chunk
-      __builtin_prefetch(bytes + CHUNK * from.row_bytes + line, 0, 2);
-    for (int64_t v = 0; v < whole; ++v) {
-      tile[v] = converted<CODES>(bytes + v * step, false);
-      if (CODES == Codes::INT4) high[v] = converted<CODES>(bytes + v * step, true);
-    }
-    if (!left) continue;
-    const uint8_t* last = bytes + whole * step;
-    uint8_t rest[step] = {};
-    // What lies behind a row is multiplied by zero, or left out; it must be there, and be a number.
-    if (number > 1 || last + step > from.end) last = static_cast<uint8_t*>(std::memcpy(rest, last, left));
-    tile[whole] = converted<CODES>(last, false);
-    if (CODES == Codes::INT4) high[whole] = converted<CODES>(last, true);
-  }
-}
-
-INLINE void unpack_any(const Stored& from, int64_t row, int64_t count, Floats* tile) {
-  switch (from.codes) {
-    case Codes::FP32: return unpack<Codes::FP32>(from, row, count, tile);
-    case Codes::BF16: return unpack<Codes::BF16>(from, row, count, tile);
-    case Codes::INT8: return unpack<Codes::INT8>(from, row, count, tile);
-    case Codes::INT4: return unpack<Codes::INT4>(from, row, count, tile);
-  }
-}
-
-// fp16 numbers in fp32; an infinity is no number either.
-INLINE Floats widened(const uint16_t* from) {
-  const Ints bits = __builtin_convertvector(load<Halves>(from), Ints), magnitude = bits & 0x7fff;
-  const Floats finite = (Floats)((Ints)((Floats)(magnitude << 13) * 0x1p112f) | (bits & 0x8000) << 16);
-  return magnitude >= 0x7c00 ? all(NOT_A_NUMBER) : finite;
-}
-
-// The factors of a chunk's rows; what is missing is `otherwise`.
-INLINE void widen(const uint16_t* from, int64_t row, int64_t count, float otherwise, Floats* to) {
-  uint16_t halves[CHUNK] = {};
-  if (from) std::memcpy(halves, from + row, count * sizeof *halves);
-  for (int64_t i = 0; i < CHUNK / LANES; ++i) to[i] = from ? widened(halves + i * LANES) : all(otherwise);
-}
-
-// The sums of sixteen vectors, in a tree: at each level a vector has the sums of twice as many, in half as many lanes.
-INLINE Floats summed(Floats* x) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    x[i] = PICKED(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           PICKED(x[2 * i], x[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    x[i] = PICKED(x[2 * i], x[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           PICKED(x[2 * i], x[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i)
-    x[i] = PICKED(x[2 * i], x[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
-           PICKED(x[2 * i], x[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-  return PICKED(x[0], x[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         PICKED(x[0], x[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-INLINE Floats exponential(Floats x) {  // of what is not positive
-  x = x < -87.0f ? all(-87.0f) : x;
-  const Floats whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats sum = all(1.0f / 720);
-  for (const float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) sum = sum * r + factor;
-  return sum * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
-}
-
-template <int ROWS>
-INLINE void score(const Task& task, const Floats* tile, int64_t row, int64_t count, Floats* scores) {
-  const int64_t vectors = task.keys.vectors();
+// Queries times keys, (ROWS, SPAN), of which those that are not there are any number. If all have `WIDTH` whole vectors,
+// which is not zero, queries stay in registers.
+template <Codes CODES, int ROWS, int WIDTH>
+INLINE void score(const Task& task, int64_t row, Floats* scores) {
+  constexpr int unit = vectors_at_once(CODES);
+  const int64_t vectors = WIDTH ? WIDTH : task.keys.vectors();
   const Floats* queries = task.queries + row * vectors;
-  for (int64_t k = 0; k < count; k += LANES) {
-    Floats sums[ROWS][LANES];
-    for (int64_t i = 0; i < LANES; ++i) {
-      const Floats* key = tile + (k + i) * vectors;
+  Floats kept[ROWS][WIDTH ? WIDTH : 1], sums[ROWS][LANES] = {};
+  for (int r = 0; r < ROWS; ++r)
+    for (int v = 0; v < WIDTH; ++v) kept[r][v] = queries[r * vectors + v];
+  for (int64_t k = 0; k < task.count; k += LANES) {
+    const uint8_t* bytes = task.keys.row(task.row + k);
+    for (int64_t i = 0; i < std::min(LANES, task.count - k); ++i, bytes += task.keys.row_bytes) {
+      constexpr int count = WIDTH ? WIDTH : unit;
       Floats sum[ROWS] = {};
-      for (int64_t v = 0; v < vectors; ++v)
-        for (int r = 0; r < ROWS; ++r) sum[r] += queries[r * vectors + v] * key[v];
+      for (int64_t v = 0; v < vectors; v += count) {
+        Floats key[count];
+        read<CODES, count, (WIDTH > 0)>(task.keys, bytes, v, key);
+        for (int c = 0; c < count; ++c)
+          for (int r = 0; r < ROWS; ++r)
+            sum[r] = plus(sum[r], WIDTH ? kept[r][c] : queries[r * vectors + v + c], key[c]);
+      }
       for (int r = 0; r < ROWS; ++r) sums[r][i] = sum[r];
     }
-    for (int r = 0; r < ROWS; ++r) scores[(row + r) * (CHUNK / LANES) + k / LANES] = summed(sums[r]);
+    for (int r = 0; r < ROWS; ++r) scores[(row + r) * PARTS + k / LANES] = summed(sums[r]);
   }
 }
 
-template <int ROWS>
-INLINE void mix(const Task& task, const Floats* tile, int64_t row, int64_t count, const Floats* weights) {
-  const int64_t vectors = task.values.vectors();
-  const float* weight = reinterpret_cast<const float*>(weights) + row * CHUNK;
-  Floats* context = task.context + row * vectors;
-  for (int64_t v = 0; v < vectors; ++v) {
-    Floats even[ROWS] = {}, odd[ROWS] = {};
-    for (int64_t k = 0; k < count; k += 2)
-      for (int r = 0; r < ROWS; ++r) {
-        even[r] += weight[r * CHUNK + k] * tile[k * vectors + v];
-        odd[r] += weight[r * CHUNK + k + 1] * tile[(k + 1) * vectors + v];
-      }
-    for (int r = 0; r < ROWS; ++r) context[r * vectors + v] += even[r] + odd[r];
+// Vectors of a context whose sums stay in registers, for four queries at once, and what most heads have.
+#ifdef FOR_AVX512
+constexpr int BLOCK = 4;
+#else
+constexpr int BLOCK = 2;
+#endif
+constexpr int USUAL_WIDTH = 4;
+
+template <Codes CODES, int ROWS, int COUNT, bool WHOLE>
+INLINE void mix_block(const Task& task, int64_t row, int64_t v, const float* weights) {
+  const uint8_t* bytes = task.values.row(task.row);
+  Floats sums[ROWS][COUNT] = {};
+  for (int64_t k = 0; k < task.count; ++k, bytes += task.values.row_bytes) {
+    Floats value[COUNT];
+    read<CODES, COUNT, WHOLE>(task.values, bytes, v, value);
+    for (int r = 0; r < ROWS; ++r)
+      for (int c = 0; c < COUNT; ++c) sums[r][c] = plus(sums[r][c], all(weights[(row + r) * SPAN + k]), value[c]);
   }
+  Floats* context = task.context + row * task.values.vectors() + v;
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COUNT; ++c) context[r * task.values.vectors() + c] += sums[r][c];
+}
+
+// The context has the weights times the values added to it.
+template <Codes CODES, int ROWS>
+INLINE void mix(const Task& task, int64_t row, const float* weights) {
+  constexpr int unit = vectors_at_once(CODES);
+  const int64_t vectors = task.values.vectors(), whole = task.values.row_bytes / (LANES * bytes_of(CODES)) * unit;
+  int64_t v = 0;
+  for (; v + BLOCK <= whole; v += BLOCK) mix_block<CODES, ROWS, BLOCK, true>(task, row, v, weights);
+  for (; v < vectors; v += unit) mix_block<CODES, ROWS, unit, false>(task, row, v, weights);
 }
 
 template <typename Step>
@@ -145,63 +70,83 @@ INLINE void by_four(int64_t rows, const Step& step) {
   if (rows - row == 1) step(std::integral_constant<int, 1>(), row);
 }
 
-void attend(const Task& task, const Scratch& scratch) {
-  constexpr int64_t most_parts = CHUNK / LANES;
-  const int64_t key_vectors = task.keys.vectors(), value_vectors = task.values.vectors();
-  Floats *tile = scratch.tile, *scores = scratch.scores;
-  for (int64_t start = 0; start < task.count; start += CHUNK) {
-    const int64_t count = std::min(CHUNK, task.count - start), row = task.row + start;
-    // Slots that are not there have zeros, whose scores are hidden and whose weights are zero.
-    const int64_t parts = (count + LANES - 1) / LANES;
-    std::fill(tile + count * key_vectors, tile + parts * LANES * key_vectors, Floats{});
-    unpack_any(task.keys, row, count, tile);
-    Floats scale[most_parts], minimum[most_parts];
-    widen(task.keys.scale, row, count, 1, scale);
-    widen(task.keys.minimum, row, count, 0, minimum);
-    by_four(task.rows, [&](auto n, int64_t r) INLINED { score<decltype(n)::value>(task, tile, r, count, scores); });
-    std::fill(tile + count * value_vectors, tile + parts * LANES * value_vectors, Floats{});
-    unpack_any(task.values, row, count, tile);
-    Floats value_scale[most_parts], value_minimum[most_parts];
-    widen(task.values.scale, row, count, 1, value_scale);
-    widen(task.values.minimum, row, count, 0, value_minimum);
-    Ints held[most_parts];
-    for (int64_t i = 0; i < parts; ++i) {
-      const Ints place = LANE + static_cast<int32_t>(i * LANES), slot = place + static_cast<int32_t>(task.slot + start);
+template <Codes CODES>
+void score_all(const Task& task, Floats* scores) {
+  constexpr int64_t usual = USUAL_WIDTH / vectors_at_once(CODES) * LANES * bytes_of(CODES);
+  by_four(task.rows, [&](auto n, int64_t row) INLINED {
+    if (task.keys.row_bytes == usual) score<CODES, decltype(n)::value, USUAL_WIDTH>(task, row, scores);
+    else score<CODES, decltype(n)::value, 0>(task, row, scores);
+  });
+}
+template <Codes CODES>
+void mix_all(const Task& task, const float* weights) {
+  by_four(task.rows, [&](auto n, int64_t row) INLINED { mix<CODES, decltype(n)::value>(task, row, weights); });
+}
+
+// The factors of a span's slots; what is missing is `otherwise`.
+INLINE void widen(const uint16_t* from, int64_t row, int64_t count, float otherwise, Floats* to) {
+  uint16_t halves[SPAN] = {};
+  if (from) std::memcpy(halves, from + row, count * sizeof *halves);
+  for (int64_t i = 0; i * LANES < count; ++i) to[i] = from ? widened(halves + i * LANES) : all(otherwise);
+}
+
+// What a span's slots hold beside codes, and the position of each, -1 of one that is not there.
+struct Slots {
+  Floats scale[PARTS], minimum[PARTS], value_scale[PARTS], value_minimum[PARTS];
+  Ints held[PARTS];
+
+  INLINE explicit Slots(const Task& task) {
+    widen(task.keys.scale, task.row, task.count, 1, scale);
+    widen(task.keys.minimum, task.row, task.count, 0, minimum);
+    widen(task.values.scale, task.row, task.count, 1, value_scale);
+    widen(task.values.minimum, task.row, task.count, 0, value_minimum);
+    for (int64_t i = 0; i * LANES < task.count; ++i) {
+      const Ints place = LANE + static_cast<int32_t>(i * LANES), slot = place + static_cast<int32_t>(task.slot);
       const Ints round = slot + task.held.round;  // as if it had been written in this round of the ring
-      held[i] = place < static_cast<int32_t>(count) ? round > task.held.last ? round - task.held.ring : round : all(-1);
+      const Ints position = round > task.held.last ? round - task.held.ring : round;
+      held[i] = place < static_cast<int32_t>(task.count) ? position : all(-1);
     }
-    for (int64_t r = 0; r < task.rows; ++r) {
-      Floats* s = scores + r * most_parts;
-      Floats most = all(NOTHING), spoilt = {};
-      for (int64_t i = 0; i < parts; ++i) {
-        const Ints hidden = (held[i] < task.seen[r].first) | (held[i] > task.seen[r].last);
-        s[i] = hidden ? all(NOTHING) : s[i] * scale[i] + task.query_sums[r] * minimum[i];
-        most = s[i] > most ? s[i] : most;
-        spoilt += hidden ? Floats{} : s[i] - s[i];  // NaN of what is not finite, which no comparison would find
-      }
-      float highest = task.sums[r].highest, not_a_number = 0;
-      for (int64_t i = 0; i < LANES; ++i) highest = std::max(highest, most[i]), not_a_number += spoilt[i];
-      if (std::isnan(not_a_number)) task.sums[r] = {highest = std::max(highest, 0.0f), not_a_number};
-      if (highest == NOTHING) {
-        for (int64_t i = 0; i < parts; ++i) s[i] = Floats{};
-        continue;
-      }
-      const float shrink = std::exp(task.sums[r].highest - highest);
-      Floats total = {}, common = {};
-      for (int64_t i = 0; i < parts; ++i) {
-        const Floats p = s[i] == NOTHING ? Floats{} : exponential(s[i] - highest);
-        total += p;
-        common += p * value_minimum[i];
-        s[i] = p * value_scale[i];
-      }
-      float sum = 0, shared = 0;
-      for (int64_t i = 0; i < LANES; ++i) sum += total[i], shared += common[i];
-      task.sums[r] = {highest, task.sums[r].total * shrink + sum};
-      Floats* context = task.context + r * value_vectors;
-      for (int64_t v = 0; v < value_vectors; ++v) context[v] = context[v] * shrink + shared;
-    }
-    by_four(task.rows,
-            [&](auto n, int64_t r) INLINED { mix<decltype(n)::value>(task, tile, r, (count + 1) / 2 * 2, scores); });
+  }
+};
+
+// Softmax over a span, but for the division by its sum: the scores of a query become what its values' codes are
+// weighted by, and the context what their minima add up to.
+INLINE void weigh(const Task& task, const Slots& slots, int64_t row, Floats* scores) {
+  const int64_t parts = (task.count + LANES - 1) / LANES, vectors = task.values.vectors();
+  Floats most = all(NOTHING), spoilt = {};
+  for (int64_t i = 0; i < parts; ++i) {
+    const Ints hidden = (slots.held[i] < task.seen[row].first) | (slots.held[i] > task.seen[row].last);
+    scores[i] = hidden ? all(NOTHING) : scores[i] * slots.scale[i] + task.query_sums[row] * slots.minimum[i];
+    most = larger(scores[i], most);
+    spoilt += hidden ? Floats{} : scores[i] - scores[i];  // NaN of what is not finite, which no comparison would find
+  }
+  const float not_a_number = sum(spoilt), highest = std::isnan(not_a_number) ? 0 : largest(most);
+  Floats total = {}, common = {};
+  for (int64_t i = 0; i < parts; ++i) {
+    const Floats p = scores[i] == NOTHING ? Floats{} : exponential(scores[i] - highest);
+    total += p;
+    common += p * slots.value_minimum[i];
+    scores[i] = p * slots.value_scale[i];
+  }
+  task.sums[row] = {highest, sum(total) + not_a_number};
+  std::fill_n(task.context + row * vectors, vectors, all(sum(common)));
+}
+
+void attend(const Task& task, Floats* scores) {
+  switch (task.keys.codes) {
+    case Codes::FP32: score_all<Codes::FP32>(task, scores); break;
+    case Codes::BF16: score_all<Codes::BF16>(task, scores); break;
+    case Codes::INT8: score_all<Codes::INT8>(task, scores); break;
+    case Codes::INT4: score_all<Codes::INT4>(task, scores); break;
+  }
+  const Slots slots(task);
+  for (int64_t row = 0; row < task.rows; ++row) weigh(task, slots, row, scores + row * PARTS);
+  const auto* weights = reinterpret_cast<const float*>(scores);
+  switch (task.values.codes) {
+    case Codes::FP32: return mix_all<Codes::FP32>(task, weights);
+    case Codes::BF16: return mix_all<Codes::BF16>(task, weights);
+    case Codes::INT8: return mix_all<Codes::INT8>(task, weights);
+    case Codes::INT4: return mix_all<Codes::INT4>(task, weights);
   }
 }
 
@@ -217,7 +162,7 @@ INLINE void multiply_columns(const Matrix& matrix, const float* x, int64_t colum
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t at = i * matrix.width + column + v * LANES;
       const Floats factor = matrix.fp32 ? load<Floats>(matrix.fp32 + at) : widened(matrix.fp16 + at);
-      for (int r = 0; r < ROWS; ++r) sums[r][v] += x[r * matrix.width + i] * factor;
+      for (int r = 0; r < ROWS; ++r) sums[r][v] = plus(sums[r][v], all(x[r * matrix.width + i]), factor);
     }
   for (int r = 0; r < ROWS; ++r) std::memcpy(to + r * matrix.width + column, sums[r], sizeof sums[r]);
 }
@@ -238,4 +183,19 @@ void multiply(const Matrix& matrix, const float* x, int64_t rows, float* to) {
       for (int64_t i = 0; i < width; ++i) sum += x[r * width + i] * matrix.at(i * width + column);
       to[r * width + column] = sum;
     }
+}
+
+// fp32 from bf16, and rounded back to it.
+void widen_all(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Floats x = from_bf16(reinterpret_cast<const uint8_t*>(from + i));
+    std::memcpy(to + i, &x, sizeof x);
+  }
+  for (; i < count; ++i) to[i] = reinterpret_cast<const BFloat16*>(from)[i];
+}
+void round_all(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) to_bf16(load<Floats>(from + i), to + i);
+  for (; i < count; ++i) reinterpret_cast<BFloat16*>(to)[i] = from[i];
 }

@@ -10,9 +10,13 @@ import warnings
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+
 
 def compile_beside(module_file: str, otherwise: str) -> bool:
     """Compile the .cpp file beside a module and load its ops: up to half a minute in a machine's first call.
+
+    The file finds FOR_AVX512 or FOR_AVX2 defined where this machine, or ATEN_CPU_CAPABILITY, has it.
 
     Returns False, with a warning that ends in `otherwise`, where that fails: it needs a C++ compiler and
     ninja.
@@ -20,15 +24,16 @@ def compile_beside(module_file: str, otherwise: str) -> bool:
     from torch.utils.cpp_extension import load
 
     source = Path(module_file).with_suffix(".cpp")
+    processor = torch.backends.cpu.get_cpu_capability()
     logging.getLogger(__name__).info("compiling %s", source.name)
     # Where pip has put ninja, an environment that is not activated does not look.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     try:
         with patch.dict(os.environ, PATH=path):
             load(
-                name=f"ryzen_llm_{source.stem}",
+                name=f"ryzen_llm_{source.stem}_{processor.lower()}",  # a home may be shared by machines
                 sources=[str(source)],
-                extra_cflags=["-O3", "-fopenmp"],
+                extra_cflags=["-O3", "-fopenmp", f"-DFOR_{processor}"],
                 is_python_module=False,
             )
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
