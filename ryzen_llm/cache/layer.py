@@ -9,13 +9,11 @@ from torch import Tensor
 from ryzen_llm.cache.base import LayerFormat
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import (
-    Rotations,
     Stored,
     append_and_attend,
     append_suits,
     cached_attention,
     hadamard,
-    hadamard_matrix,
     is_in_cpp,
     rotate,
 )
@@ -178,7 +176,8 @@ class LayerCache:
                 ring=self.ring,
                 window=self.window,
                 sinks=self.sinks,
-                rotations=self._rotations(queries.device),
+                rotated=(self.format.keys.rotated, self.format.values.rotated),
+                transform=self.key_transform,
             )
         # Neither `keys` nor `values` is touched before: each would be an input of the graph.
         dtype = queries.dtype
@@ -211,16 +210,6 @@ class LayerCache:
         if self.format.values.rotated:
             context = hadamard(context)
         return context.to(dtype)
-
-    def _rotations(self, device: torch.device) -> Rotations:
-        """What is done to keys and values before they are encoded, as matrices."""
-        matrix = hadamard_matrix(self.head_dim, device)
-        values = matrix if self.format.values.rotated else None
-        if self.key_transform:
-            offset, for_keys, for_queries = self.key_transform
-            return Rotations(for_keys, for_queries, values, offset)
-        keys = matrix if self.format.keys.rotated else None
-        return Rotations(keys, keys, values)
 
     def _stored_keys(self, keys: Tensor) -> Tensor:
         """What the format is given to encode for `keys`."""

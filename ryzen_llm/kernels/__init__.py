@@ -1,7 +1,7 @@
 """Numeric operations on tensors, one file each. Nothing here knows a model."""
 
 from ryzen_llm.kernels.cached_attention import Stored, cached_attention
-from ryzen_llm.kernels.cached_attention_cpu import Rotations, append_and_attend, append_suits, is_in_cpp
+from ryzen_llm.kernels.cached_attention_cpu import append_and_attend, append_suits, is_in_cpp
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
@@ -43,7 +43,6 @@ __all__ = [
     "KernelChoices",
     "PackedRows",
     "RopeScaling",
-    "Rotations",
     "Stored",
     "TrellisRows",
     "Workload",

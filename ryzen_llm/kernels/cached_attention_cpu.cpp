@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -60,11 +61,6 @@ struct Stored {
   const uint8_t* row(int64_t i) const { return bytes + i * row_bytes; }
   // Vectors of a row once it is unpacked: of packed bytes one of the low halves, one of the high ones, and so on.
   int64_t vectors() const { return codes == Codes::INT4 ? 2 * vectors_of(row_bytes) : vectors_of(width); }
-  int64_t place(int64_t channel) const {
-    if (codes != Codes::INT4) return channel;
-    const int64_t byte = channel % (width / 2), high = channel / (width / 2);
-    return (2 * (byte / LANES) + high) * LANES + byte % LANES;
-  }
   // A number, of fp32 or bf16.
   float at(int64_t i) const {
     if (codes == Codes::BF16) return reinterpret_cast<const BFloat16*>(bytes)[i];
@@ -100,13 +96,16 @@ struct Task {
   Floats* context;  // (rows, the values' vectors)
 };
 
-// (width, width), of one of two types; of neither if there is none.
+// (width, width) for each head, of one of two types; of neither if there is none.
 struct Matrix {
-  int64_t width = 0;
+  int64_t width = 0, step = 0;  // to the next head's
   const float* fp32 = nullptr;
   const uint16_t* fp16 = nullptr;
 
   explicit operator bool() const { return fp32 || fp16; }
+  Matrix of(int64_t head) const {
+    return {width, step, fp32 ? fp32 + head * step : nullptr, fp16 ? fp16 + head * step : nullptr};
+  }
   float at(int64_t i) const { return fp32 ? fp32[i] : static_cast<float>(reinterpret_cast<const Half*>(fp16)[i]); }
 };
 
@@ -136,6 +135,7 @@ class Room {
 #pragma GCC target("avx2,fma")
 #endif
 #include "cached_attention_vectors.h"
+#include "cached_attention_rotate.h"
 #include "cached_attention_span.h"
 #if defined(FOR_AVX512) || defined(FOR_AVX2)
 #pragma GCC pop_options
@@ -170,22 +170,15 @@ struct Given {
 struct Side {
   Given given;
   Stored slots, sinks;
-  Matrix rotation;           // of the first head
-  int64_t rotation_step = 0;  // to the next head's
+  Matrix matrix;  // that vectors are multiplied by before they are encoded
   const float* offset = nullptr;
-
-  Matrix rotation_of(int64_t head) const { return next(rotation, head * rotation_step); }
-  static Matrix next(Matrix matrix, int64_t numbers) {
-    if (matrix.fp32) matrix.fp32 += numbers;
-    if (matrix.fp16) matrix.fp16 += numbers;
-    return matrix;
-  }
+  bool rotated = false;  // by Hadamard's matrix, which undoes itself
 };
 
 struct Call {
   Given queries;
   Side keys, values;
-  Matrix query_rotation;
+  Matrix query_matrix;
   int64_t batch, kv_heads, groups, time, rows, ring, window, num_sinks = 0;
   const int64_t* positions = nullptr;
   int64_t text_step = 0, step = 0;
@@ -219,50 +212,45 @@ struct Call {
 
 // Stores what is new of a head; the first tokens as they are, too.
 void append(const Call& call, const Side& side, int64_t text, int64_t head) {
-  thread_local std::vector<float> given, rotated, room;
+  thread_local std::vector<float> given, turned, room;
   const int64_t width = side.given.width, row = text * call.kv_heads + head;
-  given.resize(call.time * width), rotated.resize(call.time * width), room.resize(width);
+  given.resize(call.time * width), turned.resize(call.time * width), room.resize(width);
   side.given.read(text, head, 1, given.data());
   for (int64_t t = 0; t < call.time && call.num_sinks; ++t)
     if (call.position(text, t) < call.num_sinks)
       encode(&given[t * width], width, side.sinks, row * side.sinks.slots + call.position(text, t), room.data());
-  if (side.offset)
-    for (int64_t i = 0; i < call.time * width; ++i) given[i] -= side.offset[head * width + i % width];
-  if (side.rotation) multiply(side.rotation_of(head), given.data(), call.time, rotated.data());
+  for (int64_t i = 0; side.offset && i < call.time * width; ++i) given[i] -= side.offset[head * width + i % width];
+  if (side.matrix) multiply(side.matrix.of(head), given.data(), call.time, turned.data()), given.swap(turned);
   for (int64_t t = 0; t < call.time; ++t)
-    encode((side.rotation ? rotated : given).data() + t * width, width, side.slots,
-           row * side.slots.slots + call.slot(text, t), room.data());
+    encode(&given[t * width], width, side.slots, row * side.slots.slots + call.slot(text, t), room.data());
 }
 
 // Turns the queries of a key head against what is stored: they are divided by sqrt(head_dim), too.
 void prepare(Call& call, int64_t text, int64_t head) {
-  thread_local std::vector<float> given, rotated;
+  thread_local std::vector<float> given, turned;
   const int64_t width = call.queries.width, row = (text * call.kv_heads + head) * call.rows;
   const Stored &slots = call.keys.slots, &sinks = call.keys.sinks;
-  given.resize(call.rows * width), rotated.resize(call.rows * width);
+  given.resize(call.rows * width), turned.resize(call.rows * width);
   call.queries.read(text, head * call.groups, call.groups, given.data());
   const float factor = 1 / std::sqrt(static_cast<float>(width));
   for (float& x : given) x *= factor;
-  if (call.query_rotation)
-    multiply(Side::next(call.query_rotation, head * call.keys.rotation_step), given.data(), call.rows,
-                      rotated.data());
-  const std::vector<float>& turned = call.query_rotation ? rotated : given;
-  const int64_t fine = slots.width - width, half = (width - fine) / 2;
+  for (int64_t r = 0; r < call.rows && call.num_sinks; ++r)
+    put_in_place(&given[r * width], sinks, call.prepared_for_sinks + (row + r) * sinks.vectors());
+  if (call.query_matrix) multiply(call.query_matrix.of(head), given.data(), call.rows, turned.data()), given.swap(turned);
+  else if (call.keys.rotated) hadamard(given.data(), call.rows * width, width);
+  const int64_t fine = slots.width - width;
   for (int64_t r = 0; r < call.rows; ++r) {
-    auto* to = reinterpret_cast<float*>(call.prepared + (row + r) * slots.vectors());
-    std::fill_n(to, slots.vectors() * LANES, 0.0f);
-    float sum = 0;
-    const auto put = [&](int64_t channel, float x) { to[slots.place(channel)] = x, sum += x; };
-    for (int64_t c = 0; c < width; ++c) {
-      const float x = turned[r * width + c];
-      // A fine channel's code is 16 * h + l, of which h comes before the low half, l before the high one.
-      if (c < fine) put(c, x * (16.0f / 17)), put(fine + half + c, x * (1.0f / 17));
-      else put(c < fine + half ? c : c + fine, x);
+    const float* channels = &given[r * width];
+    if (fine) {  // whose codes are 16 * h + l, of which h comes before the low half, l before the high one
+      const float* split = channels + fine + (width - fine) / 2;
+      turned.clear();
+      for (int64_t c = 0; c < fine; ++c) turned.push_back(channels[c] * (16.0f / 17));
+      turned.insert(turned.end(), channels + fine, split);
+      for (int64_t c = 0; c < fine; ++c) turned.push_back(channels[c] * (1.0f / 17));
+      turned.insert(turned.end(), split, channels + width);
+      channels = turned.data();
     }
-    call.query_sums[row + r] = sum;
-    auto* to_sinks = reinterpret_cast<float*>(call.prepared_for_sinks + (row + r) * sinks.vectors());
-    std::fill_n(to_sinks, sinks.vectors() * LANES, 0.0f);
-    if (call.num_sinks) std::copy_n(&given[r * width], width, to_sinks);
+    call.query_sums[row + r] = put_in_place(channels, slots, call.prepared + (row + r) * slots.vectors());
   }
 }
 
@@ -291,7 +279,7 @@ void attend_to_span(Call& call, int64_t i) {
 }
 
 // The spans' contexts of one query of a key head, weighted by `shares`.
-const float* gather(const Call& call, int64_t head, int64_t row, const Stored& values, const float* shares, int64_t begin,
+const Floats* gather(const Call& call, int64_t head, int64_t row, const Stored& values, const float* shares, int64_t begin,
                     int64_t end) {
   thread_local Room room;
   Floats* sums = room.of(values.vectors());
@@ -300,15 +288,15 @@ const float* gather(const Call& call, int64_t head, int64_t row, const Stored& v
     const Floats* contexts = call.contexts + (head * call.spans + s) * call.rows * call.context_vectors();
     add(contexts + row * values.vectors(), shares[s], values.vectors(), sums);
   }
-  return reinterpret_cast<const float*>(sums);
+  return sums;
 }
 
 // Puts a key head's spans together, (rows, width).
 void combine(const Call& call, int64_t head, float* to) {
-  thread_local std::vector<float> shares, turned;
+  thread_local std::vector<float> shares;
   const Stored &slots = call.values.slots, &sinks = call.values.sinks;
   const int64_t width = call.values.given.width;
-  shares.resize(call.rows * call.spans), turned.resize(call.rows * width);
+  shares.resize(call.rows * call.spans);
   for (int64_t r = 0; r < call.rows; ++r) {
     const auto sum_of = [&](int64_t span) { return call.sums[(head * call.spans + span) * call.rows + r]; };
     float *share = &shares[r * call.spans], highest = NOTHING, total = 0;
@@ -316,16 +304,12 @@ void combine(const Call& call, int64_t head, float* to) {
     for (int64_t s = 0; s < call.spans; ++s)
       total += (share[s] = std::exp(sum_of(s).highest - highest)) * sum_of(s).total;
     for (int64_t s = 0; s < call.spans; ++s) share[s] /= total;
-    const float* sums = gather(call, head, r, slots, share, 0, call.in_slots);
-    for (int64_t c = 0; c < width; ++c) turned[r * width + c] = sums[slots.place(c)];
+    take_from_place(gather(call, head, r, slots, share, 0, call.in_slots), slots, to + r * width);
   }
-  if (call.values.rotation)
-    multiply(call.values.rotation_of(head % call.kv_heads), turned.data(), call.rows, to);
-  else
-    std::copy_n(turned.data(), call.rows * width, to);
+  if (call.values.rotated) hadamard(to, call.rows * width, width);
   for (int64_t r = 0; r < call.rows && call.num_sinks; ++r) {
-    const float* sums = gather(call, head, r, sinks, &shares[r * call.spans], call.in_slots, call.spans);
-    for (int64_t c = 0; c < width; ++c) to[r * width + c] += sums[c];
+    const Floats* sums = gather(call, head, r, sinks, &shares[r * call.spans], call.in_slots, call.spans);
+    for (int64_t c = 0; c < width; ++c) to[r * width + c] += reinterpret_cast<const float*>(sums)[c];
   }
 }
 
@@ -388,16 +372,28 @@ void find_sinks(Call& call, const Tensor& sinks) {
   }
 }
 
-Matrix matrix_of(const std::optional<Tensor>& matrix, int64_t heads, int64_t width, bool each) {
-  if (!matrix.has_value()) return {};
-  const auto type = matrix->scalar_type();
-  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Half) && matrix->is_contiguous() &&
-                      matrix->numel() == (each ? heads : 1) * width * width,
-                  "append_and_attend: a matrix is ", shape(*matrix), " ", type, ", expected contiguous fp32 or fp16, ",
-                  width, " by ", width);
-  const void* data = matrix->const_data_ptr();
-  return type == ScalarType::Float ? Matrix{width, static_cast<const float*>(data), nullptr}
-                                   : Matrix{width, nullptr, static_cast<const uint16_t*>(data)};
+Matrix matrix_of(const Tensor& matrix, int64_t heads, int64_t width) {
+  const auto type = matrix.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Half) && matrix.is_contiguous() &&
+                      matrix.numel() == heads * width * width,
+                  "append_and_attend: a matrix is ", shape(matrix), " ", type, ", expected contiguous fp32 or fp16, ",
+                  heads, " heads of ", width, " by ", width);
+  const void* data = matrix.const_data_ptr();
+  return type == ScalarType::Float ? Matrix{width, width * width, static_cast<const float*>(data), nullptr}
+                                   : Matrix{width, width * width, nullptr, static_cast<const uint16_t*>(data)};
+}
+
+// `hadamard_matrix` of `hadamard.py`, the same for all heads.
+Matrix hadamard_matrix(int64_t width) {
+  thread_local std::vector<float> kept;
+  if (static_cast<int64_t>(kept.size()) != width * width) {
+    const int64_t block = std::gcd(width, int64_t{256});
+    kept.assign(width * width, 0);
+    for (int64_t i = 0; i < width; ++i)
+      for (int64_t j = i / block * block; j < (i / block + 1) * block; ++j)
+        kept[i * width + j] = (__builtin_parityll(i % block & j % block) ? -1 : 1) / std::sqrt(static_cast<float>(block));
+  }
+  return {width, 0, kept.data(), nullptr};
 }
 
 void check(const Call& call, const Tensor& queries, const Tensor& new_keys, const Tensor& new_values,
@@ -423,8 +419,8 @@ void check(const Call& call, const Tensor& queries, const Tensor& new_keys, cons
 Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& memory,
                          const std::optional<Tensor>& sinks, const std::optional<Tensor>& key_offset,
                          const std::optional<Tensor>& key_matrix, const std::optional<Tensor>& query_matrix,
-                         const std::optional<Tensor>& value_matrix, const Tensor& positions, int64_t key_codes,
-                         int64_t value_codes, int64_t fine, int64_t ring, int64_t window) {
+                         const Tensor& positions, int64_t key_codes, int64_t value_codes, int64_t fine, int64_t ring,
+                         int64_t window, bool rotated_keys, bool rotated_values) {
   Call call = {Given(queries), {Given(new_keys)}, {Given(new_values)}};
   const int64_t width = call.queries.width;
   call.batch = queries.size(0), call.kv_heads = call.keys.given.heads, call.time = call.queries.time;
@@ -440,11 +436,11 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
       STD_TORCH_CHECK(call.position(b, t) >= 0 && call.slot(b, t) < call.keys.slots.slots,
                       "append_and_attend: position ", call.position(b, t), " is not in the ", call.keys.slots.slots,
                       " slots");
-  const bool each = key_matrix.has_value() && key_matrix->dim() == 3;
-  call.keys.rotation = matrix_of(key_matrix, call.kv_heads, width, each);
-  call.query_rotation = matrix_of(query_matrix, call.kv_heads, width, each);
-  call.keys.rotation_step = each ? width * width : 0;
-  call.values.rotation = matrix_of(value_matrix, 1, width, false);
+  call.keys.rotated = rotated_keys, call.values.rotated = rotated_values;
+  if (rotated_keys) call.keys.matrix = hadamard_matrix(width);
+  if (rotated_values) call.values.matrix = hadamard_matrix(width);
+  if (key_matrix.has_value()) call.keys.matrix = matrix_of(*key_matrix, call.kv_heads, width);
+  if (query_matrix.has_value()) call.query_matrix = matrix_of(*query_matrix, call.kv_heads, width);
   std::optional<Tensor> offset;  // so that the memory stays
   if (key_offset.has_value()) {
     offset = as(ScalarType::Float, *key_offset);
@@ -503,7 +499,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
   m.def(
       "append_and_attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) memory, Tensor(b!)? sinks, "
-      "Tensor? key_offset, Tensor? key_matrix, Tensor? query_matrix, Tensor? value_matrix, Tensor positions, "
-      "int key_codes, int value_codes, int fine, int ring, int window) -> Tensor");
+      "Tensor? key_offset, Tensor? key_matrix, Tensor? query_matrix, Tensor positions, int key_codes, "
+      "int value_codes, int fine, int ring, int window, bool rotated_keys, bool rotated_values) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("append_and_attend", TORCH_BOX(&append_and_attend)); }

@@ -1,13 +1,12 @@
 """A decoding step's attention on a CPU, in C++: new tokens are stored, and a few queries attend to all.
 
-Rotations are matrices that keys, queries and values are multiplied by from the right, so that one call does
-what else would be a dozen small loops, each of which wakes all threads.
+One call rotates, encodes, writes and attends, which else would be a dozen small loops, each of which wakes
+all threads.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,22 +17,6 @@ from ryzen_llm.kernels.cpp_extension import compile_beside
 _FLOATING = (torch.float32, torch.bfloat16)
 _CODES = (*_FLOATING, torch.int8, torch.uint8)
 """In the order of the op's `Codes`."""
-
-
-class Rotations(NamedTuple):
-    """What is done before keys and values are stored; (head_dim, head_dim) fp32 or fp16, contiguous.
-
-    Attributes:
-        keys: (key - offset) @ keys is stored; or one matrix a head, (kv_heads, head_dim, head_dim).
-        queries: What undoes it in a product, of the same shape.
-        values: Symmetric and orthonormal, so that it undoes itself on the context.
-        offset: (kv_heads, 1, head_dim) fp32; None for none.
-    """
-
-    keys: Tensor | None = None
-    queries: Tensor | None = None
-    values: Tensor | None = None
-    offset: Tensor | None = None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -60,7 +43,8 @@ def append_and_attend(
     ring: int = 0,
     window: int = 0,
     sinks: Tensor | None = None,
-    rotations: Rotations = Rotations(),  # noqa: B008  a constant
+    rotated: tuple[bool, bool] = (False, False),
+    transform: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """Store the new tokens at `positions`, then `cached_attention` of their queries, without a gradient.
 
@@ -80,25 +64,29 @@ def append_and_attend(
         window: Tokens that each query sees.
         sinks: Keys and values of the first tokens, not rotated, (2, batch, kv_heads, sinks + 1, head_dim), of
             which the last is not used. Written to.
-        rotations: Of what is stored; the context is rotated back.
+        rotated: Whether keys and values are stored rotated by `hadamard`; the context is rotated back.
+        transform: In its place for keys, an offset (kv_heads, 1, head_dim) and two matrices (kv_heads,
+            head_dim, head_dim), fp32 or fp16: (key - offset) @ the first is stored, and queries are
+            multiplied by the second, which undoes that in a product.
 
     Returns the context (batch, heads, time, head_dim), typed like `queries`.
     """
+    offset, for_keys, for_queries = transform or (None, None, None)
     attended: Tensor = torch.ops.ryzen_llm.append_and_attend(
         queries,
         new_keys,
         new_values,
         memory,
         sinks,
-        rotations.offset,
-        rotations.keys,
-        rotations.queries,
-        rotations.values,
+        offset,
+        for_keys,
+        for_queries,
         positions,
         *(_CODES.index(dtype) for dtype in codes),
         fine,
         ring,
         window,
+        *rotated,
     )
     return attended.transpose(1, 2)
 

@@ -61,15 +61,6 @@ INLINE void mix(const Task& task, int64_t row, const float* weights) {
   for (; v < vectors; v += unit) mix_block<CODES, ROWS, unit, false>(task, row, v, weights);
 }
 
-template <typename Step>
-INLINE void by_four(int64_t rows, const Step& step) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) step(std::integral_constant<int, 4>(), row);
-  if (rows - row == 3) step(std::integral_constant<int, 3>(), row);
-  if (rows - row == 2) step(std::integral_constant<int, 2>(), row);
-  if (rows - row == 1) step(std::integral_constant<int, 1>(), row);
-}
-
 template <Codes CODES>
 void score_all(const Task& task, Floats* scores) {
   constexpr int64_t usual = USUAL_WIDTH / vectors_at_once(CODES) * LANES * bytes_of(CODES);
@@ -153,49 +144,4 @@ void attend(const Task& task, Floats* scores) {
 // `to` += `share` * `from`.
 void add(const Floats* from, float share, int64_t vectors, Floats* to) {
   for (int64_t v = 0; v < vectors; ++v) to[v] += share * from[v];
-}
-
-template <int ROWS, int VECTORS>
-INLINE void multiply_columns(const Matrix& matrix, const float* x, int64_t column, float* to) {
-  Floats sums[ROWS][VECTORS] = {};
-  for (int64_t i = 0; i < matrix.width; ++i)
-    for (int v = 0; v < VECTORS; ++v) {
-      const int64_t at = i * matrix.width + column + v * LANES;
-      const Floats factor = matrix.fp32 ? load<Floats>(matrix.fp32 + at) : widened(matrix.fp16 + at);
-      for (int r = 0; r < ROWS; ++r) sums[r][v] = plus(sums[r][v], all(x[r * matrix.width + i]), factor);
-    }
-  for (int r = 0; r < ROWS; ++r) std::memcpy(to + r * matrix.width + column, sums[r], sizeof sums[r]);
-}
-
-// Rows of a matrix's width times the matrix.
-void multiply(const Matrix& matrix, const float* x, int64_t rows, float* to) {
-  const int64_t width = matrix.width, whole = width / LANES * LANES;
-  by_four(rows, [&](auto n, int64_t r) INLINED {
-    constexpr int ROWS = decltype(n)::value;
-    int64_t column = 0;
-    for (; column + 4 * LANES <= width; column += 4 * LANES)
-      multiply_columns<ROWS, 4>(matrix, x + r * width, column, to + r * width);
-    for (; column < whole; column += LANES) multiply_columns<ROWS, 1>(matrix, x + r * width, column, to + r * width);
-  });
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t column = whole; column < width; ++column) {
-      float sum = 0;
-      for (int64_t i = 0; i < width; ++i) sum += x[r * width + i] * matrix.at(i * width + column);
-      to[r * width + column] = sum;
-    }
-}
-
-// fp32 from bf16, and rounded back to it.
-void widen_all(const uint16_t* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) {
-    const Floats x = from_bf16(reinterpret_cast<const uint8_t*>(from + i));
-    std::memcpy(to + i, &x, sizeof x);
-  }
-  for (; i < count; ++i) to[i] = reinterpret_cast<const BFloat16*>(from)[i];
-}
-void round_all(const float* from, int64_t count, uint16_t* to) {
-  int64_t i = 0;
-  for (; i + LANES <= count; i += LANES) to_bf16(load<Floats>(from + i), to + i);
-  for (; i < count; ++i) reinterpret_cast<BFloat16*>(to)[i] = from[i];
 }

@@ -136,3 +136,13 @@ INLINE Floats exponential(Floats x) {  // of what is not positive
   for (const float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f}) sum = sum * r + factor;
   return sum * (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
 }
+
+// Steps of four rows, then what is left.
+template <typename Step>
+INLINE void by_four(int64_t rows, const Step& step) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) step(std::integral_constant<int, 4>(), row);
+  if (rows - row == 3) step(std::integral_constant<int, 3>(), row);
+  if (rows - row == 2) step(std::integral_constant<int, 2>(), row);
+  if (rows - row == 1) step(std::integral_constant<int, 1>(), row);
+}

@@ -31,6 +31,10 @@ def a_format(name: str, head_dim: int, kv_heads: int) -> LayerFormat:
     return FORMATS[name]
 
 
+def rotated(layer: LayerCache) -> tuple[bool, bool]:
+    return layer.format.keys.rotated, layer.format.values.rotated
+
+
 class Case:
     """A layer that has read `length` tokens of two texts, the second of them shorter where `ragged`."""
 
@@ -101,7 +105,8 @@ class Case:
             ring=layer.ring,
             window=layer.window,
             sinks=layer.sinks,
-            rotations=layer._rotations(CPU),
+            rotated=rotated(layer),
+            transform=layer.key_transform,
         )
 
     def expected(self, queries: Tensor, positions: Tensor) -> Tensor:
@@ -250,7 +255,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(wrong: dict[str, Any],
 def test_the_op_is_what_it_is_registered_as(name: str) -> None:
     """That it changes what it says it does only, and that shape and dtype are those that tracing goes by."""
     case = Case(name, length=20)
-    layer, rotations = case.layer, case.layer._rotations(CPU)
+    layer = case.layer
     layer.prepare_to_compile()
     codes = [CODES.index(stored.codes.dtype) for stored in (layer.keys, layer.values)]
     torch.library.opcheck(
@@ -259,15 +264,13 @@ def test_the_op_is_what_it_is_registered_as(name: str) -> None:
             *case.vectors(3),
             layer.memory,
             layer.sinks,
-            rotations.offset,
-            rotations.keys,
-            rotations.queries,
-            rotations.values,
+            *(layer.key_transform or (None, None, None)),
             case.positions(3),
             *codes,
             layer.keys.width - 64,
             layer.ring,
             layer.window,
+            *rotated(layer),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
