@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 import tempfile
@@ -116,7 +117,7 @@ def _transformers(
             min_new_tokens=new_tokens + 1,
             max_new_tokens=new_tokens + 1,
             streamer=clock,
-            **settings,
+            **copy.deepcopy(settings),  # which it takes the backend out of
         )
         _, first, *rest = clock.times  # the streamer gets the prompt first
         return first - started, (rest[-1] - first) / len(rest)

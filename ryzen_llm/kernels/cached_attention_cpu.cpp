@@ -61,11 +61,6 @@ struct Stored {
   const uint8_t* row(int64_t i) const { return bytes + i * row_bytes; }
   // Vectors of a row once it is unpacked: of packed bytes one of the low halves, one of the high ones, and so on.
   int64_t vectors() const { return codes == Codes::INT4 ? 2 * vectors_of(row_bytes) : vectors_of(width); }
-  // A number, of fp32 or bf16.
-  float at(int64_t i) const {
-    if (codes == Codes::BF16) return reinterpret_cast<const BFloat16*>(bytes)[i];
-    return reinterpret_cast<const float*>(bytes)[i];
-  }
   static int64_t vectors_of(int64_t numbers) { return (numbers + LANES - 1) / LANES; }
 };
 
@@ -89,7 +84,7 @@ struct Task {
   int64_t row, slot, count;  // the span's first row in all heads' slots, its first slot, and its slots
   Held held;
   const Floats* queries;  // (rows, the keys' vectors)
-  const float* query_sums;
+  const float* shifts;    // of a query's scores, times the slot's minimum if there is one
   const Seen* seen;
   int64_t rows;
   Sum* sums;        // (rows)
@@ -185,26 +180,14 @@ struct Call {
   // What follows is worked out from these.
   int64_t used = 0, in_slots = 0, spans = 0;
   Floats *prepared = nullptr, *prepared_for_sinks = nullptr, *contexts = nullptr;
-  std::vector<float> query_sums;
+  std::vector<float> shifts, shifts_of_sinks;
   std::vector<Seen> seen, seen_of_sinks;
   std::vector<Sum> sums;
-  std::vector<float> less_offset;
 
   int64_t position(int64_t text, int64_t t) const { return positions[text * text_step + t * step]; }
   int64_t slot(int64_t text, int64_t t) const { return ring ? position(text, t) % ring : position(text, t); }
   int64_t texts_heads() const { return batch * kv_heads; }
   int64_t context_vectors() const { return std::max(values.slots.vectors(), values.sinks.vectors()); }
-
-  // So that their scores are less by q · offset, as all others are.
-  void subtract_offset_from_sinks() {
-    const int64_t width = keys.given.width, of_head = keys.sinks.slots * width;
-    less_offset.resize(texts_heads() * of_head);
-    for (int64_t i = 0; i < texts_heads() * of_head; ++i)
-      less_offset[i] = keys.sinks.at(i) - keys.offset[i / of_head % kv_heads * width + i % width];
-    keys.sinks.codes = Codes::FP32, keys.sinks.row_bytes = width * sizeof(float);
-    keys.sinks.bytes = reinterpret_cast<uint8_t*>(less_offset.data());
-    keys.sinks.end = keys.sinks.bytes + less_offset.size() * sizeof(float);
-  }
 
   // A thread is not woken for less than sixteen rows.
   int64_t grain() const { return 16 / rows + 1; }
@@ -234,8 +217,12 @@ void prepare(Call& call, int64_t text, int64_t head) {
   call.queries.read(text, head * call.groups, call.groups, given.data());
   const float factor = 1 / std::sqrt(static_cast<float>(width));
   for (float& x : given) x *= factor;
-  for (int64_t r = 0; r < call.rows && call.num_sinks; ++r)
-    put_in_place(&given[r * width], sinks, call.prepared_for_sinks + (row + r) * sinks.vectors());
+  for (int64_t r = 0; r < call.rows && call.num_sinks; ++r) {
+    const float *query = &given[r * width], *offset = call.keys.offset ? call.keys.offset + head * width : nullptr;
+    put_in_place(query, sinks, call.prepared_for_sinks + (row + r) * sinks.vectors());
+    // All other keys are without the offset, which takes the same from all scores of a query.
+    if (offset) call.shifts_of_sinks[row + r] = -sum_of(width, [&](int64_t c) { return query[c] * offset[c]; });
+  }
   if (call.query_matrix) multiply(call.query_matrix.of(head), given.data(), call.rows, turned.data()), given.swap(turned);
   else if (call.keys.rotated) hadamard(given.data(), call.rows * width, width);
   const int64_t fine = slots.width - width;
@@ -250,7 +237,8 @@ void prepare(Call& call, int64_t text, int64_t head) {
       turned.insert(turned.end(), split, channels + width);
       channels = turned.data();
     }
-    call.query_sums[row + r] = put_in_place(channels, slots, call.prepared + (row + r) * slots.vectors());
+    const float sum = put_in_place(channels, slots, call.prepared + (row + r) * slots.vectors());
+    call.shifts[row + r] = slots.minimum ? sum : 0;
   }
 }
 
@@ -270,7 +258,7 @@ void attend_to_span(Call& call, int64_t i) {
                  static_cast<int32_t>(call.ring)};
   }
   task.queries = (in_sinks ? call.prepared_for_sinks : call.prepared) + head * call.rows * task.keys.vectors();
-  task.query_sums = call.query_sums.data() + head * call.rows;
+  task.shifts = (in_sinks ? call.shifts_of_sinks : call.shifts).data() + head * call.rows;
   task.seen = (in_sinks ? call.seen_of_sinks : call.seen).data() + text * call.rows;
   task.rows = call.rows;
   task.sums = call.sums.data() + i * call.rows;
@@ -450,7 +438,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   }
 
   thread_local Room query_room, context_room;
-  call.query_sums.resize(call.texts_heads() * call.rows);
+  call.shifts.resize(call.texts_heads() * call.rows), call.shifts_of_sinks.resize(call.shifts.size());
   const int64_t key_vectors = call.keys.slots.vectors(), rows = call.texts_heads() * call.rows;
   call.prepared = query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
   call.prepared_for_sinks = call.prepared + rows * key_vectors;
@@ -462,7 +450,6 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
       prepare(call, text, head);
     }
   });
-  if (call.num_sinks && call.keys.offset) call.subtract_offset_from_sinks();
 
   for (int64_t b = 0; b < call.batch; ++b) {
     call.used = std::max(call.used, ring ? call.keys.slots.slots : call.position(b, call.time - 1) + 1);

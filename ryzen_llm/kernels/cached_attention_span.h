@@ -1,7 +1,7 @@
-// Where the time goes in `cached_attention_cpu.cpp`, which includes this once for each kind of processor.
+// Attention of some queries over a span, where the time goes in `cached_attention_cpu.cpp`.
 
-// Queries times keys, (ROWS, SPAN), of which those that are not there are any number. If all have `WIDTH` whole vectors,
-// which is not zero, queries stay in registers.
+// Queries times keys, (ROWS, SPAN), of which those that are not there are any number. If `WIDTH` is not
+// zero, keys can be read in as many vectors, and queries stay in registers.
 template <Codes CODES, int ROWS, int WIDTH>
 INLINE void score(const Task& task, int64_t row, Floats* scores) {
   constexpr int unit = vectors_at_once(CODES);
@@ -28,13 +28,12 @@ INLINE void score(const Task& task, int64_t row, Floats* scores) {
   }
 }
 
-// Vectors of a context whose sums stay in registers, for four queries at once, and what most heads have.
+// Vectors of a context whose sums stay in registers, for four queries at once.
 #ifdef FOR_AVX512
 constexpr int BLOCK = 4;
 #else
 constexpr int BLOCK = 2;
 #endif
-constexpr int USUAL_WIDTH = 4;
 
 template <Codes CODES, int ROWS, int COUNT, bool WHOLE>
 INLINE void mix_block(const Task& task, int64_t row, int64_t v, const float* weights) {
@@ -63,10 +62,16 @@ INLINE void mix(const Task& task, int64_t row, const float* weights) {
 
 template <Codes CODES>
 void score_all(const Task& task, Floats* scores) {
-  constexpr int64_t usual = USUAL_WIDTH / vectors_at_once(CODES) * LANES * bytes_of(CODES);
+  // Heads of 64 channels, and those of them that are packed with finer ones.
+  constexpr int usual = 4, fine = CODES == Codes::INT4 ? 6 : usual;
+  constexpr int64_t size = LANES * bytes_of(CODES), row_bytes = usual / vectors_at_once(CODES) * size;
+  const uint8_t* last = task.keys.row(task.row + task.count - 1);
+  const bool fits = CODES == Codes::INT4 && last + fine / vectors_at_once(CODES) * size <= task.keys.end;
   by_four(task.rows, [&](auto n, int64_t row) INLINED {
-    if (task.keys.row_bytes == usual) score<CODES, decltype(n)::value, USUAL_WIDTH>(task, row, scores);
-    else score<CODES, decltype(n)::value, 0>(task, row, scores);
+    constexpr int ROWS = decltype(n)::value;
+    if (task.keys.row_bytes == row_bytes) score<CODES, ROWS, usual>(task, row, scores);
+    else if (fits && task.keys.vectors() == fine) score<CODES, ROWS, fine>(task, row, scores);
+    else score<CODES, ROWS, 0>(task, row, scores);
   });
 }
 template <Codes CODES>
@@ -88,7 +93,7 @@ struct Slots {
 
   INLINE explicit Slots(const Task& task) {
     widen(task.keys.scale, task.row, task.count, 1, scale);
-    widen(task.keys.minimum, task.row, task.count, 0, minimum);
+    widen(task.keys.minimum, task.row, task.count, 1, minimum);
     widen(task.values.scale, task.row, task.count, 1, value_scale);
     widen(task.values.minimum, task.row, task.count, 0, value_minimum);
     for (int64_t i = 0; i * LANES < task.count; ++i) {
@@ -107,7 +112,7 @@ INLINE void weigh(const Task& task, const Slots& slots, int64_t row, Floats* sco
   Floats most = all(NOTHING), spoilt = {};
   for (int64_t i = 0; i < parts; ++i) {
     const Ints hidden = (slots.held[i] < task.seen[row].first) | (slots.held[i] > task.seen[row].last);
-    scores[i] = hidden ? all(NOTHING) : scores[i] * slots.scale[i] + task.query_sums[row] * slots.minimum[i];
+    scores[i] = hidden ? all(NOTHING) : scores[i] * slots.scale[i] + task.shifts[row] * slots.minimum[i];
     most = larger(scores[i], most);
     spoilt += hidden ? Floats{} : scores[i] - scores[i];  // NaN of what is not finite, which no comparison would find
   }

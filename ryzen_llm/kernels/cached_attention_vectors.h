@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, for `cached_attention_cpu.cpp`, which includes this once for each kind of processor.
+// Sixteen numbers at a time, for `cached_attention_cpu.cpp`.
 
 template <typename To, typename From>
 INLINE To load(const From* from) {
