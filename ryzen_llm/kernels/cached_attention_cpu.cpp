@@ -45,7 +45,7 @@ constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 enum class Codes { FP32, BF16, INT8, INT4 };
 
-// That sixteen numbers or, where they are packed, bytes become.
+// Vectors that sixteen numbers or, where they are packed, sixteen bytes become.
 constexpr int vectors_at_once(Codes codes) { return codes == Codes::INT4 ? 2 : 1; }
 constexpr int bytes_of(Codes codes) { return codes == Codes::FP32 ? 4 : codes == Codes::BF16 ? 2 : 1; }
 
