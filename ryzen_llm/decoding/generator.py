@@ -174,7 +174,7 @@ class Generator:
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache of the kind asked for."""
-        cache = build_cache(
+        return build_cache(
             self.cache,
             self.model.config,
             batch_size=batch_size,
@@ -182,10 +182,6 @@ class Generator:
             dtype=self.dtype,
             device=self.device,
         )
-        if self.compile:
-            for layer in cache.layers:
-                layer.prepare_to_compile()  # while there is nothing to be moved
-        return cache
 
     def _now(self) -> float:
         if self.device.type == "cuda":

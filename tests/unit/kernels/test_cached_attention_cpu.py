@@ -201,7 +201,7 @@ def test_a_query_gives_the_same_alone_and_with_others(name: str, setting: dict[s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cache_may_be_in_one_tensor_from_the_start(name: str) -> None:
-    """A generator's is, so that a prompt's keys and values need not be moved."""
+    """So that a prompt which comes later is stored in it."""
     early, late = Case(name, prepared=True), Case(name)
     positions, new = early.positions(2), early.vectors(2)
     assert torch.equal(early.run(*new, positions), late.run(*new, positions))
