@@ -24,7 +24,7 @@ def compile_beside(module_file: str, otherwise: str) -> bool:
     from torch.utils.cpp_extension import load
 
     source = Path(module_file).with_suffix(".cpp")
-    processor = torch.backends.cpu.get_cpu_capability()
+    processor = torch.backends.cpu.get_cpu_capability().replace(" ", "_")  # "NO AVX"
     logging.getLogger(__name__).info("compiling %s", source.name)
     # Where pip has put ninja, an environment that is not activated does not look.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))

@@ -48,7 +48,6 @@ class Case:
         length: int = 300,
         window: int = 0,
         ragged: bool = False,
-        prepared: bool = False,
     ) -> None:
         assert is_in_cpp()
         self.draw = torch.Generator().manual_seed(length + head_dim)
@@ -63,8 +62,6 @@ class Case:
             dtype=dtype,
             device=CPU,
         )
-        if prepared:
-            self.layer.prepare_to_compile()
         self.layer.grow(length + 20)
         self.held = torch.full((2, self.layer.num_slots), -1)
         if length:
@@ -197,14 +194,6 @@ def test_a_query_gives_the_same_alone_and_with_others(name: str, setting: dict[s
     for t in range(7):
         one = alone.run(*(x[:, :, t : t + 1] for x in new), positions[:, t : t + 1])
         assert torch.equal(one, all_at_once[:, :, t : t + 1])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_cache_may_be_in_one_tensor_from_the_start(name: str) -> None:
-    """So that a prompt which comes later is stored in it."""
-    early, late = Case(name, prepared=True), Case(name)
-    positions, new = early.positions(2), early.vectors(2)
-    assert torch.equal(early.run(*new, positions), late.run(*new, positions))
 
 
 @pytest.mark.parametrize("name", NAMES)
