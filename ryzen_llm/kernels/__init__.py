@@ -9,7 +9,7 @@ from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.compilation import shared_compilations
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, swiglu
-from ryzen_llm.kernels.hadamard import hadamard, hadamard_matrix, rotate
+from ryzen_llm.kernels.hadamard import hadamard, rotate
 from ryzen_llm.kernels.hardware import (
     CpuCaches,
     CpuFeatures,
@@ -59,7 +59,6 @@ __all__ = [
     "describe_device",
     "geglu",
     "hadamard",
-    "hadamard_matrix",
     "is_in_cpp",
     "linear_cross_entropy",
     "pack",

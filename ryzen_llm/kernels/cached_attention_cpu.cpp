@@ -17,7 +17,7 @@
 
 #include "tensors.h"
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed within this file only
 #define INLINED __attribute__((always_inline))
 #define INLINE inline INLINED
 
@@ -371,7 +371,7 @@ Matrix matrix_of(const Tensor& matrix, int64_t heads, int64_t width) {
                                    : Matrix{width, width * width, nullptr, static_cast<const uint16_t*>(data)};
 }
 
-// `hadamard_matrix` of `hadamard.py`, the same for all heads.
+// What `hadamard` of `hadamard.py` multiplies by, the same for all heads.
 Matrix hadamard_matrix(int64_t width) {
   thread_local std::vector<float> kept;
   if (static_cast<int64_t>(kept.size()) != width * width) {

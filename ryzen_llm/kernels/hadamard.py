@@ -15,7 +15,7 @@ def hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     block = math.gcd(size, 256)
     rows = x.reshape(*x.shape[:-1], size // block, block)
-    return rotate(rows, hadamard_matrix(block, x.device)).reshape(x.shape)
+    return rotate(rows, _matrix(block, x.device)).reshape(x.shape)
 
 
 def rotate(x: Tensor, matrix: Tensor) -> Tensor:
@@ -28,16 +28,14 @@ def rotate(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def hadamard_matrix(size: int, device: torch.device) -> Tensor:
-    """H of `hadamard`, (size, size) fp32; not to be changed."""
+def _matrix(size: int, device: torch.device) -> Tensor:
     return _kept_matrix(size, device)  # Dynamo would trace through the cache and make it anew in each graph
 
 
 @functools.cache
 def _kept_matrix(size: int, device: torch.device) -> Tensor:
-    block = math.gcd(size, 256)
     with torch.inference_mode(False):  # whoever asks for it first, a training can ask next
         matrix = torch.ones(1, 1, device=device)
-        while len(matrix) < block:
+        while len(matrix) < size:
             matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-        return torch.kron(torch.eye(size // block, device=device), matrix / math.sqrt(block))
+        return matrix / math.sqrt(size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.cache import CACHES, Int4, LayerCache, LayerFormat, Transform
-from ryzen_llm.kernels import append_and_attend, hadamard_matrix
+from ryzen_llm.kernels import append_and_attend, hadamard
 from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp
 
 HEADS = 6
@@ -112,16 +112,16 @@ class Case:
     def expected(self, queries: Tensor, positions: Tensor) -> Tensor:
         """Softmax attention in fp64 on what the slots stand for: nothing rotated, each query by itself."""
         layer, size = self.layer, self.head_dim
-        hadamard = hadamard_matrix(size, CPU).double()
+        rotation = hadamard(torch.eye(size)).double()
         channels = layer.format.keys.against_codes(torch.eye(size)).double()
         keys, values = layer.keys.dequantised().double() @ channels.T, layer.values.dequantised().double()
         if layer.format.values.rotated:
-            values = values @ hadamard
+            values = values @ rotation
         if layer.key_transform:
             offset, _, inverse = layer.key_transform
             keys = keys @ inverse.double().mT + offset.double()
         elif layer.format.keys.rotated:
-            keys = keys @ hadamard
+            keys = keys @ rotation
         out = torch.zeros(queries.shape, dtype=torch.float64)
         for text, head, t in torch.cartesian_prod(*(torch.arange(n) for n in queries.shape[:3])).tolist():
             at, kv = int(positions.expand(2, -1)[text, t]), head * layer.kv_heads // HEADS
