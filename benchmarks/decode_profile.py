@@ -15,6 +15,7 @@ from benchmarks.peaks import read_bandwidth
 from ryzen_llm.decoding import Generator
 
 _STEPS = 32
+_ATTENTION, _PRODUCTS = "attention, cache writes", "products with weights"
 
 
 @torch.inference_mode()
@@ -43,6 +44,8 @@ def profile_decoding(generator: Generator, prompt: Tensor) -> dict[str, Any]:
     for name, taken in by_name.items():
         if part := _part(name):
             parts[part] += taken
+    if missing := {_ATTENTION, _PRODUCTS} - parts.keys():
+        raise RuntimeError(f"the profile has no op of {missing}, expected some: has one been renamed?")
     step = statistics.median(seconds)
     read = _weight_bytes(generator) + cache.bytes_allocated
     bandwidth = read_bandwidth()
@@ -63,9 +66,9 @@ def _part(name: str) -> str | None:
     if "cpp_fused" in name:  # and then the names of the ops around it
         return "norms, rotation, gates, sampling (fused)"
     if name == "ryzen_llm::append_and_attend":
-        return "attention, cache writes"
+        return _ATTENTION
     products = ("ryzen_llm::int4_linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
-    return "products with weights" if name in products or "pack_mm" in name else None
+    return _PRODUCTS if name in products or "pack_mm" in name else None
 
 
 def _weight_bytes(generator: Generator) -> int:

@@ -1,6 +1,5 @@
 """One layer's keys and values."""
 
-import math
 from typing import Self
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from ryzen_llm.cache.base import LayerFormat
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import (
+    MEMORY_ALIGNMENT,
     Stored,
     append_and_attend,
     append_suits,
@@ -29,9 +29,9 @@ class LayerCache:
     Python number: that would compile the block anew for every token.
 
     Attributes:
-        keys: What is stored of them; like `values`, views of `memory` where that is there.
-        memory: All keys and values as bytes, for compiled decoding on a CPU: Dynamo takes a microsecond or
-            two for each tensor of open size, before every step. None until that begins.
+        keys: What is stored of them; like the other tensors, views of `memory` where that is there.
+        memory: All tensors as bytes, for compiled decoding on a CPU: Dynamo takes a microsecond or two for
+            each, before every step. None until that begins.
         sinks: Keys and values of the first tokens, (2, batch, kv_heads, sinks + 1, head_dim); None for none.
         positions: (1, time) or (batch, time) int64, those that the last `KVCache.append` gave out.
         ring: Slots of the ring buffer of a layer with a window; 0 where slot and position are the same.
@@ -65,7 +65,7 @@ class LayerCache:
         self.values = format.values.empty(shape, dtype, device)
         self.memory: Tensor | None = None
         self._suits_cpp = append_suits(dtype, self.keys, self.values)
-        self._codes = self.keys.codes.dtype, self.values.codes.dtype
+        self._dtypes = self.keys.codes.dtype, self.values.codes.dtype, dtype
         self._fine = self.keys.width - head_dim
         transform = format.key_transform
         self.key_transform: tuple[Tensor, ...] = () if transform is None else transform.to(device)
@@ -78,8 +78,11 @@ class LayerCache:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that it holds."""
-        slots = (*self.keys, *self.values) if self.memory is None else (self.memory,)
-        return [part for part in (*slots, self.sinks, *self.key_transform) if part is not None]
+        if self.memory is not None:
+            return [self.memory]
+        return [
+            part for part in (self.sinks, *self.key_transform, *self.keys, *self.values) if part is not None
+        ]
 
     @property
     def num_slots(self) -> int:
@@ -112,24 +115,26 @@ class LayerCache:
                 torch._dynamo.mark_dynamic(part, 2)
 
     def _put_into_one(self, num_slots: int) -> None:
-        """Keys and values, moved into a `memory` for so many slots, as `append_and_attend` finds them."""
-        parts = [part for part in (*self.keys, *self.values) if part is not None]
-        shapes = [(*part.shape[:2], num_slots, *part.shape[3:]) for part in parts]
-        sizes = [part.itemsize * math.prod(shape) for part, shape in zip(parts, shapes, strict=True)]
-        memory = torch.zeros(sum(sizes), dtype=torch.uint8, device=parts[0].device)
-        views: dict[int, Tensor] = {}
-        start = 0
-        for i in sorted(range(len(parts)), key=lambda i: -parts[i].itemsize):  # so that each is aligned
-            part, bytes_ = parts[i], memory[start : start + sizes[i]]
-            views[i] = bytes_.view(part.dtype).view(shapes[i])
-            views[i][:, :, : part.shape[2]] = part
-            start += sizes[i]
-        fresh = (views[i] for i in range(len(parts)))
-        self.keys, self.values = (
-            Stored(next(fresh), *(None if part is None else next(fresh) for part in stored[1:]))
-            for stored in (self.keys, self.values)
-        )
+        """Everything, moved into a `memory` for so many slots, as `append_and_attend` finds it."""
+        fixed = [part for part in (self.sinks, *self.key_transform) if part is not None]
+        of_slots = [part for part in (*self.keys, *self.values) if part is not None]
+        of_slots.sort(key=lambda part: -part.itemsize)  # so that each is aligned
+        parts = [(part, part.shape, MEMORY_ALIGNMENT) for part in fixed]
+        parts += [(part, torch.Size((*part.shape[:2], num_slots, *part.shape[3:])), 1) for part in of_slots]
+        ends = [0]
+        for part, shape, alignment in parts:
+            ends.append(ends[-1] + -(-part.itemsize * shape.numel() // alignment) * alignment)
+        memory = torch.zeros(ends[-1], dtype=torch.uint8, device=self.keys.codes.device)
+        moved: dict[int, Tensor] = {}
+        for start, (part, shape, _) in zip(ends, parts, strict=False):
+            bytes_ = memory[start : start + part.itemsize * shape.numel()]
+            view = moved[id(part)] = bytes_.view(part.dtype).view(shape)
+            view[:, :, : part.shape[2]] = part
         self.memory = memory
+        self.sinks = moved.get(id(self.sinks))
+        self.key_transform = tuple(moved[id(part)] for part in self.key_transform)
+        self.keys = self.keys.map(lambda part: moved[id(part)])
+        self.values = self.values.map(lambda part: moved[id(part)])
 
     def rows(self, rows: slice | Tensor) -> Self:
         """The same for some rows of the batch: views of them for a slice, copies for indices (int64)."""
@@ -170,16 +175,16 @@ class LayerCache:
                 keys,
                 values,
                 self.memory,
-                self._codes,
+                self._dtypes,
                 positions,
+                sinks=self.format.sinks,
                 fine=self._fine,
                 ring=self.ring,
                 window=self.window,
-                sinks=self.sinks,
                 rotated=(self.format.keys.rotated, self.format.values.rotated),
-                transform=self.key_transform,
+                transformed=self.format.key_transform is not None,
             )
-        # Neither `keys` nor `values` is touched before: each would be an input of the graph.
+        # No other tensor here is touched before: each would be an input of the graph.
         dtype = queries.dtype
         if self.sinks is not None:
             held = positions.clamp(max=self.format.sinks)

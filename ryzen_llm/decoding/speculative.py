@@ -160,9 +160,8 @@ class SpeculativeDecoder:
         lengths = list(cache.lengths)
         started = time.perf_counter()
         outcome = self.generator.fixed_width(torch.tensor(inputs, device=self.generator.device), cache)
-        highest, likeliest = outcome.logits.max(-1)
-        require_finite(highest.isfinite().all(), self.generator.dtype)
-        predictions: list[list[int]] = likeliest.tolist()
+        require_finite(outcome.finite, self.generator.dtype)
+        predictions: list[list[int]] = outcome.likeliest.tolist()
         drafting.control.passed(plan.width, time.perf_counter() - started)
 
         def draw(row: int, i: int) -> int:

@@ -1,7 +1,12 @@
 """Numeric operations on tensors, one file each. Nothing here knows a model."""
 
 from ryzen_llm.kernels.cached_attention import Stored, cached_attention
-from ryzen_llm.kernels.cached_attention_cpu import append_and_attend, append_suits, is_in_cpp
+from ryzen_llm.kernels.cached_attention_cpu import (
+    MEMORY_ALIGNMENT,
+    append_and_attend,
+    append_suits,
+    is_in_cpp,
+)
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention, visible
 from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
@@ -36,6 +41,7 @@ from ryzen_llm.kernels.workload import Workload
 __all__ = [
     "AUTOMATIC",
     "CANDIDATES",
+    "MEMORY_ALIGNMENT",
     "MOST_TRELLIS_BITS",
     "PLAIN",
     "CpuCaches",

@@ -10,7 +10,6 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -23,7 +22,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, SPAN = 128, PARTS = SPAN / LANES;
+constexpr int64_t LANES = 16, SPAN = 128, PARTS = SPAN / LANES, ALIGNMENT = 64;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
@@ -308,67 +307,63 @@ void write(const Tensor& y, int64_t from, const float* x, int64_t count) {
     round_all(x, count, static_cast<uint16_t*>(y.mutable_data_ptr()) + from);
 }
 
-// The slots' codes, scale and minimum, which `memory` holds one after the other, those of wider numbers first.
-void find_slots(Call& call, const Tensor& memory, Codes key_codes, Codes value_codes, int64_t fine) {
+// What `memory` holds: first tokens, (2, batch, heads, sinks + 1, width), and the keys' offset and matrices, each from a
+// multiple of ALIGNMENT on; then the slots' codes, scale and minimum, those of wider numbers first.
+void find_parts(Call& call, const Tensor& memory, Codes key_codes, Codes value_codes, Codes sink_codes, int64_t fine,
+                bool transformed) {
   struct Part {
     int64_t size, numbers;
     void** at;
   };
+  const int64_t width = call.queries.width;
+  auto* const begin = static_cast<uint8_t*>(memory.mutable_data_ptr());
+  int64_t taken = 0;
+  const auto take = [&](int64_t numbers, int64_t size) {
+    auto* const at = begin + taken;
+    taken = (taken + numbers * size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return at;
+  };
+  if (call.num_sinks) {
+    const int64_t numbers = call.texts_heads() * (call.num_sinks + 1) * width;  // the last token is nobody's
+    auto* at = take(2 * numbers, bytes_of(sink_codes));
+    for (Side* side : {&call.keys, &call.values}) {
+      Stored& stored = side->sinks;
+      stored.codes = sink_codes, stored.width = width, stored.slots = call.num_sinks + 1;
+      stored.row_bytes = width * bytes_of(sink_codes), stored.bytes = at;
+      stored.end = at += numbers * bytes_of(sink_codes);
+    }
+  }
+  if (transformed) {
+    call.keys.offset = reinterpret_cast<const float*>(take(call.kv_heads * width, sizeof(float)));
+    for (Matrix* matrix : {&call.keys.matrix, &call.query_matrix})
+      *matrix = {width, width * width, nullptr,
+                 reinterpret_cast<const uint16_t*>(take(call.kv_heads * width * width, sizeof(uint16_t)))};
+  }
   std::vector<Part> parts;
-  const auto add = [&](Stored& stored, Codes codes, int64_t width) {
+  const auto add = [&](Stored& stored, Codes codes, int64_t channels) {
     const int64_t size = bytes_of(codes);
-    stored.codes = codes, stored.width = width;
-    stored.row_bytes = codes == Codes::INT4 ? width / 2 : width * size;
+    stored.codes = codes, stored.width = channels;
+    stored.row_bytes = codes == Codes::INT4 ? channels / 2 : channels * size;
     parts.push_back({size, stored.row_bytes / size, reinterpret_cast<void**>(&stored.bytes)});
     if (codes >= Codes::INT8) parts.push_back({2, 1, reinterpret_cast<void**>(&stored.scale)});
     if (codes == Codes::INT4) parts.push_back({2, 1, reinterpret_cast<void**>(&stored.minimum)});
   };
   Stored &keys = call.keys.slots, &values = call.values.slots;
-  add(keys, key_codes, call.queries.width + fine);
-  add(values, value_codes, call.queries.width);
+  add(keys, key_codes, width + fine);
+  add(values, value_codes, width);
   int64_t of_slot = 0;
   for (const Part& part : parts) of_slot += part.size * part.numbers * call.texts_heads();
-  keys.slots = values.slots = memory.numel() / of_slot;
-  auto* at = static_cast<uint8_t*>(memory.mutable_data_ptr());
+  keys.slots = values.slots = std::max<int64_t>(memory.numel() - taken, 0) / of_slot;
+  STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.dim() == 1 && memory.is_contiguous() &&
+                      memory.numel() == taken + of_slot * keys.slots,
+                  "append_and_attend: memory is ", shape(memory), " ", memory.scalar_type(),
+                  ", expected contiguous bytes, ", taken, " and ", of_slot, " a slot");
+  auto* at = begin + taken;
   for (const int64_t size : {4, 2, 1})
     for (const Part& part : parts)
       if (part.size == size) *part.at = at, at += size * part.numbers * call.texts_heads() * keys.slots;
   for (Stored* stored : {&keys, &values})
     stored->end = stored->bytes + call.texts_heads() * keys.slots * stored->row_bytes;
-  STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.dim() == 1 && memory.is_contiguous() &&
-                      memory.numel() == of_slot * keys.slots,
-                  "append_and_attend: memory is ", shape(memory), " ", memory.scalar_type(),
-                  ", expected contiguous bytes, ", of_slot, " a slot");
-}
-
-// The first tokens, (2, batch, heads, slots, width).
-void find_sinks(Call& call, const Tensor& sinks) {
-  const bool bf16 = sinks.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK((bf16 || sinks.scalar_type() == ScalarType::Float) && sinks.is_contiguous() && sinks.dim() == 5 &&
-                      sinks.size(1) == call.batch && sinks.size(2) == call.kv_heads &&
-                      sinks.size(4) == call.queries.width,
-                  "append_and_attend: sinks are ", shape(sinks), " ", sinks.scalar_type(),
-                  ", expected fp32 or bf16, as many texts, heads and channels as keys have");
-  call.num_sinks = sinks.size(3) - 1;  // the last is nobody's
-  auto* at = static_cast<uint8_t*>(sinks.mutable_data_ptr());
-  for (Side* side : {&call.keys, &call.values}) {
-    Stored& stored = side->sinks;
-    stored.codes = bf16 ? Codes::BF16 : Codes::FP32;
-    stored.width = sinks.size(4), stored.slots = sinks.size(3), stored.row_bytes = stored.width * (bf16 ? 2 : 4);
-    stored.bytes = at;
-    stored.end = at += call.texts_heads() * stored.slots * stored.row_bytes;
-  }
-}
-
-Matrix matrix_of(const Tensor& matrix, int64_t heads, int64_t width) {
-  const auto type = matrix.scalar_type();
-  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Half) && matrix.is_contiguous() &&
-                      matrix.numel() == heads * width * width,
-                  "append_and_attend: a matrix is ", shape(matrix), " ", type, ", expected contiguous fp32 or fp16, ",
-                  heads, " heads of ", width, " by ", width);
-  const void* data = matrix.const_data_ptr();
-  return type == ScalarType::Float ? Matrix{width, width * width, static_cast<const float*>(data), nullptr}
-                                   : Matrix{width, width * width, nullptr, static_cast<const uint16_t*>(data)};
 }
 
 // What `hadamard` of `hadamard.py` multiplies by, the same for all heads.
@@ -405,49 +400,39 @@ void check(const Call& call, const Tensor& queries, const Tensor& new_keys, cons
 
 // (batch, time, heads, width), typed like the queries, which are (batch, heads, time, width) as keys and values are.
 Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& memory,
-                         const std::optional<Tensor>& sinks, const std::optional<Tensor>& key_offset,
-                         const std::optional<Tensor>& key_matrix, const std::optional<Tensor>& query_matrix,
-                         const Tensor& positions, int64_t key_codes, int64_t value_codes, int64_t fine, int64_t ring,
-                         int64_t window, bool rotated_keys, bool rotated_values) {
+                         const Tensor& positions, int64_t key_codes, int64_t value_codes, int64_t sink_codes,
+                         int64_t sinks, int64_t fine, int64_t ring, int64_t window, bool rotated_keys,
+                         bool rotated_values, bool transformed) {
   Call call = {Given(queries), {Given(new_keys)}, {Given(new_values)}};
   const int64_t width = call.queries.width;
   call.batch = queries.size(0), call.kv_heads = call.keys.given.heads, call.time = call.queries.time;
   call.groups = call.queries.heads / std::max<int64_t>(call.kv_heads, 1), call.rows = call.groups * call.time;
-  call.ring = ring, call.window = window;
+  call.ring = ring, call.window = window, call.num_sinks = sinks;
   check(call, queries, new_keys, new_values, positions, fine, static_cast<Codes>(key_codes) == Codes::INT4);
   call.positions = positions.const_data_ptr<int64_t>();
   call.text_step = positions.size(0) == 1 ? 0 : positions.stride(0), call.step = positions.stride(1);
-  find_slots(call, memory, static_cast<Codes>(key_codes), static_cast<Codes>(value_codes), fine);
-  if (sinks.has_value()) find_sinks(call, *sinks);
+  find_parts(call, memory, static_cast<Codes>(key_codes), static_cast<Codes>(value_codes), static_cast<Codes>(sink_codes),
+             fine, transformed);
   for (int64_t b = 0; b < call.batch; ++b)
     for (int64_t t = 0; t < call.time; ++t)
       STD_TORCH_CHECK(call.position(b, t) >= 0 && call.slot(b, t) < call.keys.slots.slots,
                       "append_and_attend: position ", call.position(b, t), " is not in the ", call.keys.slots.slots,
                       " slots");
   call.keys.rotated = rotated_keys, call.values.rotated = rotated_values;
-  if (rotated_keys) call.keys.matrix = hadamard_matrix(width);
+  if (rotated_keys && !transformed) call.keys.matrix = hadamard_matrix(width);
   if (rotated_values) call.values.matrix = hadamard_matrix(width);
-  if (key_matrix.has_value()) call.keys.matrix = matrix_of(*key_matrix, call.kv_heads, width);
-  if (query_matrix.has_value()) call.query_matrix = matrix_of(*query_matrix, call.kv_heads, width);
-  std::optional<Tensor> offset;  // so that the memory stays
-  if (key_offset.has_value()) {
-    offset = as(ScalarType::Float, *key_offset);
-    STD_TORCH_CHECK(offset->numel() == call.kv_heads * width, "append_and_attend: offset is ", shape(*offset),
-                    ", expected ", call.kv_heads, " heads of ", width);
-    call.keys.offset = static_cast<const float*>(offset->const_data_ptr());
-  }
 
   thread_local Room query_room, context_room;
   call.shifts.resize(call.texts_heads() * call.rows), call.shifts_of_sinks.resize(call.shifts.size());
   const int64_t key_vectors = call.keys.slots.vectors(), rows = call.texts_heads() * call.rows;
   call.prepared = query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
   call.prepared_for_sinks = call.prepared + rows * key_vectors;
-  parallel_for(0, call.texts_heads(), call.grain(), [&](int64_t begin, int64_t end) {
+  // Of a head: its keys, its values, its queries. Matrices are read from memory, by all threads.
+  parallel_for(0, 3 * call.texts_heads(), transformed ? 1 : 3 * call.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t text = i / call.kv_heads, head = i % call.kv_heads;
-      append(call, call.keys, text, head);
-      append(call, call.values, text, head);
-      prepare(call, text, head);
+      const int64_t text = i / 3 / call.kv_heads, head = i / 3 % call.kv_heads;
+      if (i % 3 == 2) prepare(call, text, head);
+      else append(call, i % 3 ? call.values : call.keys, text, head);
     }
   });
 
@@ -485,8 +470,8 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
   m.def(
-      "append_and_attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) memory, Tensor(b!)? sinks, "
-      "Tensor? key_offset, Tensor? key_matrix, Tensor? query_matrix, Tensor positions, int key_codes, "
-      "int value_codes, int fine, int ring, int window, bool rotated_keys, bool rotated_values) -> Tensor");
+      "append_and_attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) memory, Tensor positions, "
+      "int key_codes, int value_codes, int sink_codes, int sinks, int fine, int ring, int window, bool rotated_keys, "
+      "bool rotated_values, bool transformed) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("append_and_attend", TORCH_BOX(&append_and_attend)); }

@@ -17,6 +17,8 @@ from ryzen_llm.kernels.cpp_extension import compile_beside
 _FLOATING = (torch.float32, torch.bfloat16)
 _CODES = (*_FLOATING, torch.int8, torch.uint8)
 """In the order of the op's `Codes`."""
+MEMORY_ALIGNMENT = 64
+"""Bytes, see `append_and_attend`."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -36,15 +38,15 @@ def append_and_attend(
     new_keys: Tensor,
     new_values: Tensor,
     memory: Tensor,
-    codes: tuple[torch.dtype, torch.dtype],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     positions: Tensor,
     *,
+    sinks: int = 0,
     fine: int = 0,
     ring: int = 0,
     window: int = 0,
-    sinks: Tensor | None = None,
     rotated: tuple[bool, bool] = (False, False),
-    transform: tuple[Tensor, ...] = (),
+    transformed: bool = False,
 ) -> Tensor:
     """Store the new tokens at `positions`, then `cached_attention` of their queries, without a gradient.
 
@@ -55,38 +57,37 @@ def append_and_attend(
         queries: (batch, heads, time, head_dim), fp32 or bf16.
         new_keys: (batch, kv_heads, time, head_dim), of the same dtype, as `new_values`.
         new_values: To be stored as `cache.Int8` and `cache.Int4` say, by the dtype of the codes.
-        memory: (bytes,) uint8, what all slots hold: of the keys' codes, scale and minimum and the values', as
-            far as there are such, those of 4 bytes a number come first, then those of 2. Written to.
-        codes: The dtypes of keys' and values' codes: fp32, bf16, int8 or, for packed ones, uint8.
+        memory: (bytes,) uint8, written to. First the sinks' keys and values, not rotated, (2, batch,
+            kv_heads, sinks + 1, head_dim), of which the last token is not used; then the transform: an
+            offset (kv_heads, 1, head_dim) fp32 and two matrices (kv_heads, head_dim, head_dim) fp16; each of
+            these from a multiple of `MEMORY_ALIGNMENT` on. Then, of all slots, the keys' codes, scale and
+            minimum and the values', as far as there are such, those of 4 bytes a number first, then of 2.
+        dtypes: Of keys' codes, of values' codes and of the sinks: fp32, bf16, int8 or, for packed codes,
+            uint8.
         positions: As of `cached_attention`, like `ring` and `window`.
+        sinks: How many first tokens are kept as they are.
         fine: How many channels of packed keys have 8 bits, see `cache.Int4`.
         ring: Slots of a ring buffer.
         window: Tokens that each query sees.
-        sinks: Keys and values of the first tokens, not rotated, (2, batch, kv_heads, sinks + 1, head_dim), of
-            which the last is not used. Written to.
         rotated: Whether keys and values are stored rotated by `hadamard`; the context is rotated back.
-        transform: In its place for keys, an offset (kv_heads, 1, head_dim) and two matrices (kv_heads,
-            head_dim, head_dim), fp32 or fp16: (key - offset) @ the first is stored, and queries are
+        transformed: Keys are not rotated, but (key - offset) @ the first matrix is stored, and queries are
             multiplied by the second, which undoes that in a product.
 
     Returns the context (batch, heads, time, head_dim), typed like `queries`.
     """
-    offset, for_keys, for_queries = transform or (None, None, None)
     attended: Tensor = torch.ops.ryzen_llm.append_and_attend(
         queries,
         new_keys,
         new_values,
         memory,
-        sinks,
-        offset,
-        for_keys,
-        for_queries,
         positions,
-        *(_CODES.index(dtype) for dtype in codes),
+        *(_CODES.index(dtype) for dtype in dtypes),
+        sinks,
         fine,
         ring,
         window,
         *rotated,
+        transformed,
     )
     return attended.transpose(1, 2)
 
@@ -99,6 +100,6 @@ def _is_compiled() -> bool:
     return True
 
 
-def _shape(queries: Tensor, *others: Tensor | int | None) -> Tensor:
+def _shape(queries: Tensor, *others: Tensor | int) -> Tensor:
     batch, heads, time, head_dim = queries.shape
     return queries.new_empty(batch, time, heads, head_dim)

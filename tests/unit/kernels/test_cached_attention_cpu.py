@@ -35,6 +35,12 @@ def rotated(layer: LayerCache) -> tuple[bool, bool]:
     return layer.format.keys.rotated, layer.format.values.rotated
 
 
+def dtypes(layer: LayerCache) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    unused = torch.float32
+    sinks = unused if layer.sinks is None else layer.sinks.dtype
+    return layer.keys.codes.dtype, layer.values.codes.dtype, sinks
+
+
 class Case:
     """A layer that has read `length` tokens of two texts, the second of them shorter where `ragged`."""
 
@@ -99,14 +105,14 @@ class Case:
             keys,
             values,
             layer.memory,
-            (layer.keys.codes.dtype, layer.values.codes.dtype),
+            dtypes(layer),
             positions,
+            sinks=layer.format.sinks,
             fine=layer.keys.width - self.head_dim,
             ring=layer.ring,
             window=layer.window,
-            sinks=layer.sinks,
             rotated=rotated(layer),
-            transform=layer.key_transform,
+            transformed=bool(layer.key_transform),
         )
 
     def expected(self, queries: Tensor, positions: Tensor) -> Tensor:
@@ -257,20 +263,19 @@ def test_the_op_is_what_it_is_registered_as(name: str) -> None:
     case = Case(name, length=20)
     layer = case.layer
     layer.prepare_to_compile()
-    codes = [CODES.index(stored.codes.dtype) for stored in (layer.keys, layer.values)]
     torch.library.opcheck(
         torch.ops.ryzen_llm.append_and_attend.default,
         (
             *case.vectors(3),
             layer.memory,
-            layer.sinks,
-            *(layer.key_transform or (None, None, None)),
             case.positions(3),
-            *codes,
+            *(CODES.index(dtype) for dtype in dtypes(layer)),
+            layer.format.sinks,
             layer.keys.width - 64,
             layer.ring,
             layer.window,
             *rotated(layer),
+            bool(layer.key_transform),
         ),
         test_utils=("test_schema", "test_faketensor"),
     )
