@@ -307,11 +307,12 @@ def plot(found: dict[str, Any], path: Path, console: Console) -> None:
         rows = [row for row in found["memory"] if row["cache"] == kind]
         left.plot([r["length"] for r in rows], [r["peak_bytes"] / 2**20 for r in rows], "o-", label=kind)
     left.set(xlabel="tokens", ylabel="peak MiB allocated", xscale="log", yscale="log")
-    left.legend()
     for row in found.get("quality", []):
         right.plot(100 * row["saved"], 100 * row["perplexity_increase"], "o", label=row["cache"])
     right.set(xlabel="% saved against bf16", ylabel="% perplexity increase")
-    right.legend()
+    for axes in (left, right):
+        if axes.has_data():
+            axes.legend()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     console.print(f"written: {path}")

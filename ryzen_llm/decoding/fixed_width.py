@@ -82,6 +82,7 @@ class FixedWidthPass:
             for layer in cache.layers:
                 layer.prepare_to_compile()
             self._prepared = weakref.ref(cache.layers[-1].keys.codes)
+            self._compiled.clear()  # a cache of another length may have ring buffers where this one has none
         if tokens.shape in self._compiled:
             return self._run(tokens, positions, cache.layers)
         self._compiled.add(tokens.shape)

@@ -10,7 +10,7 @@ from ryzen_llm.decoding import Generator
 from ryzen_llm.model import ModelConfig, Transformer
 
 
-def build(seed: int = 0, rms_norm_eps: float = 1e-5) -> Transformer:
+def build(seed: int = 0, rms_norm_eps: float = 1e-5, sliding_window: int = 0) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(
         ModelConfig(
@@ -20,8 +20,10 @@ def build(seed: int = 0, rms_norm_eps: float = 1e-5) -> Transformer:
             num_heads=4,
             num_kv_heads=2,
             intermediate_size=64,
-            max_position_embeddings=64,
+            max_position_embeddings=512,
             rms_norm_eps=rms_norm_eps,
+            sliding_window=sliding_window,
+            sliding_layers=(0,) if sliding_window else (),
         )
     )
 
@@ -62,3 +64,20 @@ def test_only_models_that_differ_in_values_alone_share_graphs(
         )
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
     assert compiled == [1, 0, 1, 0]
+
+
+def test_caches_of_any_length_find_room_among_the_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a sliding window a long cache has a ring buffer and a short one has none, each with a graph of its
+    own, which must not count against Dynamo's limit: beyond it a whole graph is an error.
+    """
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model, tokens = build(sliding_window=16), torch.tensor([[3]])
+    compiled, eager = (Generator(model, weights="fp32", compile=compile) for compile in (True, False))
+    with torch._dynamo.config.patch(recompile_limit=1), torch.inference_mode():
+        for length in (8, 400, 8):
+            found, expected = (
+                generator.fixed_width(tokens, generator.new_cache(1, length)).logits
+                for generator in (compiled, eager)
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
