@@ -67,7 +67,7 @@ def _part(name: str) -> str | None:
         return "norms, rotation, gates, sampling (fused)"
     if name == "ryzen_llm::append_and_attend":
         return _ATTENTION
-    products = ("ryzen_llm::int4_linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+    products = ("ryzen_llm::quantised_linear", "aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
     return _PRODUCTS if name in products or "pack_mm" in name else None
 
 

@@ -53,7 +53,10 @@ class FixedWidthPass:
                 self._forward,
                 fullgraph=True,
                 dynamic=False,
-                options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+                options={
+                    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+                    "size_asserts": False,  # five hundred a step, of what Dynamo's guards have looked at
+                },
             )
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels.int4_linear import GROUP, PackedInt4, int4_linear, pack_int4
 from ryzen_llm.kernels.linear_on_gpu import (
     int4_linear_on_gpu,
     int8_linear_on_gpu,
     pack_nibbles,
     unpack_nibbles,
 )
+from ryzen_llm.kernels.quantised_linear import GROUP, PackedWeight, pack_int4, pack_int8, quantised_linear
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import DenseEmbedding
 
@@ -23,9 +23,9 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 class Int8Linear(nn.Module):
-    """weight ≈ codes * scale, codes of 8 bits and one scale for each output, by `torch._weight_int8pack_mm`.
+    """weight ≈ codes * scale, codes of 8 bits and one scale for each output, by `quantised_linear`.
 
-    Raises InputError for a number of inputs that is no multiple of 16: the op would give wrong results.
+    Raises InputError for a number of inputs that is no multiple of 16: PyTorch's op would give wrong results.
     """
 
     def __init__(self, linear: nn.Linear, name: str) -> None:
@@ -34,15 +34,19 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         codes = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.codes = nn.Buffer(codes.contiguous())
-        self.scale = nn.Buffer(scale.to(linear.weight.dtype))
+        on_cpu = weight.device.type == "cpu"
+        dtype = linear.weight.dtype
+        packed = pack_int8(codes, scale, dtype) if on_cpu else PackedWeight(codes, scale.to(dtype))
+        self.codes = nn.Buffer(packed.codes)
+        self.scale = None if packed.factors is None else nn.Buffer(packed.factors)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the layer that this was made of."""
         rows = x.reshape(-1, x.shape[-1])
-        if x.device.type == "cpu" and rows.shape[0] <= MOST_PACKED_ROWS:
-            y = torch._weight_int8pack_mm(rows, self.codes, self.scale)
+        few = rows.shape[0] <= MOST_PACKED_ROWS
+        if self.scale is None or (x.device.type == "cpu" and few):
+            y = quantised_linear(rows, PackedWeight(self.codes, self.scale), bits=8)
         elif _suits_triton(rows):
             y = int8_linear_on_gpu(rows, self.codes, self.scale)
         else:
@@ -51,7 +55,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """weight ≈ codes * scale + minimum for groups of 32 inputs, codes of 4 bits, by `kernels.int4_linear`.
+    """weight ≈ codes * scale + minimum for groups of 32 inputs, codes of 4 bits, by `quantised_linear`.
 
     Raises InputError where there is no CPU, and for sizes that the kernel does not take.
     """
@@ -75,7 +79,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features), in the dtype of the layer that this was made of."""
-        y = int4_linear(x, PackedInt4(self.codes, self.factors))
+        y = quantised_linear(x, PackedWeight(self.codes, self.factors), bits=4)
         return y if self.bias is None else y + self.bias
 
 
@@ -117,8 +121,9 @@ KINDS: dict[str, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "in
 def quantise_weights(model: Transformer, kind: str) -> None:
     """Replace every linear layer of `model`, and its output head, by one with weights of `kind`.
 
-    A tied dense embedding stays as it is for looking up tokens; its quantised form is the head's. Raises
-    InputError where a layer's size does not suit the kind, naming the layer.
+    A tied dense embedding stays as it is for looking up tokens; its quantised form is the head's, which has 8
+    bits whatever the kind: with 4 it alone would cost most of the quality. Raises InputError where a layer's
+    size does not suit the kind, naming the layer.
     """
     if model.head is None and isinstance(model.embedding, DenseEmbedding):
         weight = model.embedding.weight
@@ -128,9 +133,12 @@ def quantise_weights(model: Transformer, kind: str) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, name = path.rpartition(".")
-            on_gpu = kind == "int4" and module.weight.is_cuda
-            build = Int4LinearOnGpu if on_gpu else KINDS[kind]
-            setattr(model.get_submodule(parent), name, build(module, path))
+            if module is model.head:
+                quantised: nn.Module = Int8Linear(module, path)
+            else:
+                on_gpu = kind == "int4" and module.weight.is_cuda
+                quantised = (Int4LinearOnGpu if on_gpu else KINDS[kind])(module, path)
+            setattr(model.get_submodule(parent), name, quantised)
 
 
 def _require_multiple(name: str, linear: nn.Linear, side: str, multiple: int, kind: str) -> None:

@@ -1,5 +1,5 @@
 // For ops in C++: PyTorch's stable headers, which compile in two seconds, where ATen's take eight. A call costs two
-// microseconds more, which is why `int4_linear.cpp`, called a hundred times a token, has ATen's.
+// microseconds more, which is why `quantised_linear.cpp`, called a hundred times a token, has ATen's.
 
 #pragma once
 

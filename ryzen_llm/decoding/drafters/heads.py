@@ -18,7 +18,7 @@ from ryzen_llm.decoding.drafters.base import Draft, Drafter, DraftSession, Step
 from ryzen_llm.decoding.weights import Int4Linear
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import rms_norm, swiglu
-from ryzen_llm.kernels.int4_linear import GROUP
+from ryzen_llm.kernels.quantised_linear import GROUP
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
 
