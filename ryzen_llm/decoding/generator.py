@@ -37,7 +37,8 @@ class Generator:
             from at each step; the ids stay those of decoding without one (`SpeculativeDecoder`).
         weights: "bf16", which falls back to "fp32" with a warning where the hardware has no bf16, "fp32", or
             "int8" or "int4", which decode faster and change the output a little (`decoding.weights`); what
-            they are multiplied by is in bf16, or in fp32 where the hardware has no bf16.
+            they are multiplied by is in bf16, which a CPU with AVX512-VNNI rounds to 8 bits, or in fp32 where
+            the hardware has no bf16.
         compile: Compile the step that decodes one token; the first call then takes up to a minute longer.
 
     Raises InputError for an unknown cache, drafter or kind of weights, and for weights that the model's sizes

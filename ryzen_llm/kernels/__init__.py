@@ -27,7 +27,7 @@ from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
 from ryzen_llm.kernels.packed_rows import PackedRows, pack, packed_linear, packed_lookup, unpack
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rope_scaling import RopeScaling
-from ryzen_llm.kernels.rotary import apply_rotary, rotary_table
+from ryzen_llm.kernels.rotary import Rope, apply_rotary, rotary_table
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv
 from ryzen_llm.kernels.trellis_rows import (
     MOST_TRELLIS_BITS,
@@ -48,6 +48,7 @@ __all__ = [
     "CpuFeatures",
     "KernelChoices",
     "PackedRows",
+    "Rope",
     "RopeScaling",
     "Stored",
     "TrellisRows",

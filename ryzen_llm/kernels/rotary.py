@@ -5,10 +5,11 @@ from torch import Tensor
 
 from ryzen_llm.kernels.rope_scaling import RopeScaling
 
+Rope = tuple[Tensor, Tensor]
+"""What `rotary_table` gives."""
 
-def rotary_table(
-    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Tensor, Tensor]:
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rope:
     """Cosines and sines of the angle position * theta^(-2i / head_dim), for i in 0 .. head_dim/2 - 1.
 
     `positions` is (time,) of integers; both results are (time, head_dim / 2) in fp32 on its device. Positions

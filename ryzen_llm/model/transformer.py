@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import KernelChoices, Workload, rotary_table
+from ryzen_llm.kernels import KernelChoices, Rope, Workload, rotary_table
 from ryzen_llm.model.config import ModelConfig
 from ryzen_llm.model.embedding import Embedding, LinearLoss, build_embedding
 
@@ -211,27 +211,39 @@ class Transformer(nn.Module):
         return self.run_blocks(input_ids, cache.append(time), cache.layers)
 
     def run_blocks(
-        self, input_ids: Tensor, positions: Tensor, layers: Sequence[LayerCache] | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        layers: Sequence[LayerCache] | None = None,
+        ropes: tuple[Rope, Rope] | None = None,
     ) -> Tensor:
         """`hidden_states` of tokens at `positions`, (time,) or (batch, time) int64, without any check.
 
-        `layers` are those of a cache that has given out `positions`. Nothing here depends on a Python number
-        that changes from token to token, so the whole of it can be compiled.
+        `layers` are those of a cache that has given out `positions`, `ropes` are `rotary_tables` of them if
+        those are there already. Nothing here depends on a Python number that changes from token to token, so
+        the whole of it can be compiled.
         """
-        return self.run_embedded(self.embedding.lookup(input_ids), positions, layers)
+        return self.run_embedded(self.embedding.lookup(input_ids), positions, layers, ropes)
 
-    def run_embedded(
-        self, hidden_states: Tensor, positions: Tensor, layers: Sequence[LayerCache] | None = None
-    ) -> Tensor:
-        """`run_blocks` of tokens that have been looked up, (batch, time, hidden_size)."""
+    def rotary_tables(self, positions: Tensor) -> tuple[Rope, Rope]:
+        """`rotary_table` of `positions`, for layers that see everything and for those with a window."""
         # Computed afresh, not kept in buffers: it is cheap, and `model.to(torch.bfloat16)` cannot round it.
         config = self.config
         rope = rotary_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        local_rope = (
-            rotary_table(positions, config.head_dim, config.local_rope_theta)
-            if config.local_rope_theta
-            else rope
-        )
+        if not config.local_rope_theta:
+            return rope, rope
+        return rope, rotary_table(positions, config.head_dim, config.local_rope_theta)
+
+    def run_embedded(
+        self,
+        hidden_states: Tensor,
+        positions: Tensor,
+        layers: Sequence[LayerCache] | None = None,
+        ropes: tuple[Rope, Rope] | None = None,
+    ) -> Tensor:
+        """`run_blocks` of tokens that have been looked up, (batch, time, hidden_size)."""
+        config = self.config
+        rope, local_rope = self.rotary_tables(positions) if ropes is None else ropes
         if config.scale_embeddings:  # rounded as the weights are: so Gemma was trained
             scale = torch.tensor(math.sqrt(config.hidden_size), dtype=hidden_states.dtype)
             hidden_states = hidden_states * scale
