@@ -1,4 +1,4 @@
-"""What each key-value cache costs and saves: bytes, perplexity and decoding speed, beside peers."""
+"""What key-value caches and weights of few bits cost and save: bytes, perplexity, speed, beside peers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from ryzen_llm.interop import load_pretrained
 from ryzen_llm.kernels import shared_compilations
 from ryzen_llm.model import Transformer
 
-PARTS = ("memory", "quality", "speed", "profile")
+PARTS = ("memory", "quality", "weights", "speed", "profile")
 KINDS = ("dense", "int8", "k8v4", "int4", "int4-sinks")
 CALIBRATED = "int4-sinks, calibrated"
 Kinds = str | Sequence[str | LayerFormat]
+Scored = Callable[[Tensor], Tensor]
+"""A window (time,) -> logits (time, vocab_size)."""
 
 
 def main(arguments: list[str]) -> None:
@@ -86,6 +88,8 @@ def main(arguments: list[str]) -> None:
         keep("memory", memory(model, options, console))
     if "quality" in options.parts:
         keep("quality", quality(model, ids, options, console))
+    if "weights" in options.parts:
+        keep("weights", weights(model, ids, options, console))
     if "speed" in options.parts:
         for rows in speed(model, tokenizer, ids, options, console):
             keep("speed", rows)
@@ -125,43 +129,79 @@ def quality(
     in fp32, so that only what the caches do is seen; calibrated on the end of the text, which is not scored.
     """
     context = options.context
-    windows = ids[: options.windows * context].view(-1, context)
-    arms: list[tuple[str, Kinds]] = [(kind, kind) for kind in options.kinds]
     with console.status("measuring each layer in each format"):
         optimizer = KVCacheOptimizer(model, ids[-context:][None])
         choices = [optimizer.choose(saving=saving) for saving in options.savings]
-    arms.append((CALIBRATED, optimizer.formats(["int4-sinks"] * model.config.num_layers)))
-    arms += [(f"optimised {choice.saving:.1%}", choice.formats) for choice in choices]
-    losses: dict[str, list[float]] = {name: [] for name, _ in arms}
-    divergences: dict[str, list[float]] = {name: [] for name, _ in arms}
-    agreements: dict[str, list[float]] = {name: [] for name, _ in arms}
+    kinds: dict[str, Kinds] = {kind: kind for kind in options.kinds}
+    kinds[CALIBRATED] = optimizer.formats(["int4-sinks"] * model.config.num_layers)
+    kinds |= {f"optimised {choice.saving:.1%}": choice.formats for choice in choices}
+    bytes_: dict[str, int] = {}
+    for name, kind in kinds.items():
+        cache = _cache(model, kind, context)
+        cache.reserve(context)
+        bytes_[name] = cache.bytes_allocated
+    full = next(iter(bytes_.values()))
+
+    def score(kind: Kinds, window: Tensor) -> Tensor:
+        logits: Tensor = model(window[None], _cache(model, kind, context))[0]
+        return logits
+
+    arms = {name: functools.partial(score, kind) for name, kind in kinds.items()}
+    rows = [{**row, "saved": 1 - bytes_[row["arm"]] / full} for row in _scores(arms, ids, options, console)]
+    console.print("saved: " + ", ".join(f"{row['arm']} {row['saved']:.1%}" for row in rows))
+    return [{"cache": row.pop("arm"), **row} for row in rows]
+
+
+@torch.inference_mode()
+def weights(
+    model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """The same of the kinds of weights, against bf16, with a dense cache and as they decode."""
+
+    def arm(kind: str) -> Scored:
+        generator = Generator(model, weights=kind)
+
+        def score(window: Tensor) -> Tensor:
+            cache = generator.new_cache(1, len(window))
+            hidden_states = generator.model.run_blocks(window[None], cache.append(len(window)), cache.layers)
+            return generator.model.logits(hidden_states)[0]
+
+        return score
+
+    rows = _scores({kind: arm(kind) for kind in ("bf16", "int8", "int4")}, ids, options, console)
+    return [{"weights": row.pop("arm"), **row} for row in rows]
+
+
+def _scores(
+    arms: Mapping[str, Scored], ids: Tensor, options: argparse.Namespace, console: Console
+) -> list[dict[str, Any]]:
+    """What each arm's logits of windows of text are worth beside the first arm's."""
+    windows = ids[: options.windows * options.context].view(-1, options.context)
+    losses: dict[str, list[float]] = {name: [] for name in arms}
+    divergences: dict[str, list[float]] = {name: [] for name in arms}
+    agreements: dict[str, list[float]] = {name: [] for name in arms}
     for index, window in enumerate(windows):
         with console.status(f"window {index + 1} of {len(windows)}"):
             reference = torch.empty(0)
-            for name, kinds in arms:
-                cache = _cache(model, kinds, context)
-                logits = model(window[None], cache)[0].float().log_softmax(-1)
-                reference = logits if name == arms[0][0] else reference
+            for name, arm in arms.items():
+                logits = arm(window).float().log_softmax(-1)
+                reference = reference if len(reference) else logits
                 losses[name].append(float(F.nll_loss(logits[:-1], window[1:])))
                 divergences[name].append(
                     float(F.kl_div(logits, reference, log_target=True, reduction="batchmean"))
                 )
                 agreements[name].append(float((logits.argmax(-1) == reference.argmax(-1)).float().mean()))
-    table = Table(title=f"{len(windows)} windows of {context} tokens, against the dense cache")
-    for heading in ("cache", "saved", "perplexity", "change", "KL (nats)", "top-1"):
+    first = next(iter(arms))
+    table = Table(title=f"{len(windows)} windows of {options.context} tokens, against {first}")
+    for heading in ("", "perplexity", "change", "KL (nats)", "top-1"):
         table.add_column(heading, justify="right")
-    rows = []
-    full = _cache(model, arms[0][1], context)
-    full.reserve(context)
-    for name, kinds in arms:
-        cache = _cache(model, kinds, context)
-        cache.reserve(context)
+    rows: list[dict[str, Any]] = []
+    for name in arms:
         loss = statistics.fmean(losses[name])
         row = {
-            "cache": name,
-            "saved": 1 - cache.bytes_allocated / full.bytes_allocated,
+            "arm": name,
             "perplexity": math.exp(loss),
-            "perplexity_increase": math.exp(loss - statistics.fmean(losses[arms[0][0]])) - 1,
+            "perplexity_increase": math.exp(loss - statistics.fmean(losses[first])) - 1,
             "kl": statistics.fmean(divergences[name]),
             "top1_agreement": statistics.fmean(agreements[name]),
             "losses": losses[name],
@@ -169,7 +209,6 @@ def quality(
         rows.append(row)
         table.add_row(
             name,
-            f"{row['saved']:.1%}",
             f"{row['perplexity']:.3f}",
             f"{row['perplexity_increase']:+.2%}",
             f"{row['kl']:.4f}",
