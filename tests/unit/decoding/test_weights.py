@@ -92,4 +92,5 @@ def test_a_model_says_nearly_the_same(
     error = (got.float() - exact).square().mean().sqrt() / exact.std()
     assert 0.001 < error < largest
     assert not any(isinstance(module, nn.Linear) for module in quantised.modules())
+    assert isinstance(quantised.head, Int8Linear), "4 bits in the head would cost most of the quality"
     assert any(isinstance(module, nn.Linear) for module in model.modules()), "the model itself is left alone"
