@@ -35,8 +35,8 @@ class Outcome(NamedTuple):
 class FixedWidthPass:
     """Reads `width` tokens of each text with a cache; plain decoding is that with a width of 1.
 
-    Compiled on a CPU that has the C++ attention and product, with weights of 8 or 4 bits, what follows a
-    token is the same to the bit whatever the width.
+    Compiled on a CPU that has the C++ attention and product, with weights of 8 or 4 bits and a dense
+    embedding, what follows a token is the same to the bit whatever the width.
 
     The whole pass is one graph: a graph a block would pay for Python and guards once a block. On CUDA it is
     recorded and replayed, and the results are overwritten by the next call.
@@ -58,7 +58,7 @@ class FixedWidthPass:
                 dynamic=False,
                 options={
                     "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-                    "size_asserts": False,  # five hundred a step, of what Dynamo's guards have looked at
+                    "size_asserts": False,  # some 16 a layer, of what Dynamo's guards have seen
                     "emulate_precision_casts": True,  # or what is rounded to bf16 depends on the width
                 },
             )

@@ -307,16 +307,11 @@ void write(const Tensor& y, int64_t from, const float* x, int64_t count) {
     round_all(x, count, static_cast<uint16_t*>(y.mutable_data_ptr()) + from);
 }
 
-// What `memory` holds: first tokens, (2, batch, heads, sinks + 1, width), and the keys' offset and matrices, each from a
-// multiple of ALIGNMENT on; then the slots' codes, scale and minimum, those of wider numbers first.
-void find_parts(Call& call, const Tensor& memory, Codes key_codes, Codes value_codes, Codes sink_codes, int64_t fine,
-                bool transformed) {
-  struct Part {
-    int64_t size, numbers;
-    void** at;
-  };
-  const int64_t width = call.queries.width;
+// `memory` from its beginning: first tokens, (2, batch, heads, sinks + 1, width), and the keys' offset and matrices, each
+// from a multiple of ALIGNMENT on. How many bytes that is.
+int64_t find_fixed(Call& call, const Tensor& memory, Codes sink_codes, bool transformed) {
   auto* const begin = static_cast<uint8_t*>(memory.mutable_data_ptr());
+  const int64_t width = call.queries.width;
   int64_t taken = 0;
   const auto take = [&](int64_t numbers, int64_t size) {
     auto* const at = begin + taken;
@@ -324,6 +319,8 @@ void find_parts(Call& call, const Tensor& memory, Codes key_codes, Codes value_c
     return at;
   };
   if (call.num_sinks) {
+    STD_TORCH_CHECK(call.num_sinks > 0 && (sink_codes == Codes::FP32 || sink_codes == Codes::BF16),
+                    "append_and_attend: ", call.num_sinks, " sinks of another type, expected none or more, fp32 or bf16");
     const int64_t numbers = call.texts_heads() * (call.num_sinks + 1) * width;  // the last token is nobody's
     auto* at = take(2 * numbers, bytes_of(sink_codes));
     for (Side* side : {&call.keys, &call.values}) {
@@ -339,18 +336,27 @@ void find_parts(Call& call, const Tensor& memory, Codes key_codes, Codes value_c
       *matrix = {width, width * width, nullptr,
                  reinterpret_cast<const uint16_t*>(take(call.kv_heads * width * width, sizeof(uint16_t)))};
   }
+  return taken;
+}
+
+// Then the slots' codes, scale and minimum, those of wider numbers first.
+void find_slots(Call& call, const Tensor& memory, int64_t taken, Codes key_codes, Codes value_codes, int64_t fine) {
+  struct Part {
+    int64_t size, numbers;
+    void** at;
+  };
   std::vector<Part> parts;
-  const auto add = [&](Stored& stored, Codes codes, int64_t channels) {
+  const auto add = [&](Stored& stored, Codes codes, int64_t width) {
     const int64_t size = bytes_of(codes);
-    stored.codes = codes, stored.width = channels;
-    stored.row_bytes = codes == Codes::INT4 ? channels / 2 : channels * size;
+    stored.codes = codes, stored.width = width;
+    stored.row_bytes = codes == Codes::INT4 ? width / 2 : width * size;
     parts.push_back({size, stored.row_bytes / size, reinterpret_cast<void**>(&stored.bytes)});
     if (codes >= Codes::INT8) parts.push_back({2, 1, reinterpret_cast<void**>(&stored.scale)});
     if (codes == Codes::INT4) parts.push_back({2, 1, reinterpret_cast<void**>(&stored.minimum)});
   };
   Stored &keys = call.keys.slots, &values = call.values.slots;
-  add(keys, key_codes, width + fine);
-  add(values, value_codes, width);
+  add(keys, key_codes, call.queries.width + fine);
+  add(values, value_codes, call.queries.width);
   int64_t of_slot = 0;
   for (const Part& part : parts) of_slot += part.size * part.numbers * call.texts_heads();
   keys.slots = values.slots = std::max<int64_t>(memory.numel() - taken, 0) / of_slot;
@@ -358,7 +364,7 @@ void find_parts(Call& call, const Tensor& memory, Codes key_codes, Codes value_c
                       memory.numel() == taken + of_slot * keys.slots,
                   "append_and_attend: memory is ", shape(memory), " ", memory.scalar_type(),
                   ", expected contiguous bytes, ", taken, " and ", of_slot, " a slot");
-  auto* at = begin + taken;
+  auto* at = static_cast<uint8_t*>(memory.mutable_data_ptr()) + taken;
   for (const int64_t size : {4, 2, 1})
     for (const Part& part : parts)
       if (part.size == size) *part.at = at, at += size * part.numbers * call.texts_heads() * keys.slots;
@@ -411,8 +417,8 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   check(call, queries, new_keys, new_values, positions, fine, static_cast<Codes>(key_codes) == Codes::INT4);
   call.positions = positions.const_data_ptr<int64_t>();
   call.text_step = positions.size(0) == 1 ? 0 : positions.stride(0), call.step = positions.stride(1);
-  find_parts(call, memory, static_cast<Codes>(key_codes), static_cast<Codes>(value_codes), static_cast<Codes>(sink_codes),
-             fine, transformed);
+  const int64_t taken = find_fixed(call, memory, static_cast<Codes>(sink_codes), transformed);
+  find_slots(call, memory, taken, static_cast<Codes>(key_codes), static_cast<Codes>(value_codes), fine);
   for (int64_t b = 0; b < call.batch; ++b)
     for (int64_t t = 0; t < call.time; ++t)
       STD_TORCH_CHECK(call.position(b, t) >= 0 && call.slot(b, t) < call.keys.slots.slots,

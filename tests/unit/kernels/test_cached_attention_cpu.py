@@ -257,6 +257,22 @@ def test_what_does_not_fit_is_refused_and_nothing_written(wrong: dict[str, Any],
     assert all(torch.equal(x, y) for x, y in zip(before, case.layer.tensors, strict=True))
 
 
+def test_memory_and_sinks_that_do_not_fit_are_refused() -> None:
+    case = Case("int4-sinks", length=20)
+    layer, new, positions = case.layer, case.vectors(1), case.positions(1)
+    layer.prepare_to_compile()
+    assert layer.memory is not None
+    keys, values, _ = dtypes(layer)
+    settings: dict[str, Any] = {"sinks": layer.format.sinks, "rotated": rotated(layer)}
+    for memory, sinks, message in (
+        (layer.memory[:-1], torch.float32, "memory is .* expected contiguous bytes"),
+        (layer.memory[:64], torch.float32, "memory is .* expected contiguous bytes"),
+        (layer.memory, torch.int8, "sinks of another type"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            append_and_attend(*new, memory, (keys, values, sinks), positions, **settings)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_op_is_what_it_is_registered_as(name: str) -> None:
     """That it changes what it says it does only, and that shape and dtype are those that tracing goes by."""
