@@ -61,10 +61,11 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--text {options.text}: no such file")
     console = Console()
     model, tokenizer = load_pretrained(options.model)
-    ids = torch.tensor(tokenizer.encode(options.text.read_text(encoding="utf-8")))
+    ids = torch.tensor(tokenizer.encode_prompt(options.text.read_text(encoding="utf-8")))
     needed = (options.windows + 1) * options.context
     if len(ids) < needed:
         raise InputError(f"--text has {len(ids)} tokens, expected {needed}: give more text or fewer windows")
+    windows = _windows(ids, tokenizer.encode_prompt(""), options)
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     if found.get("model", Path(options.model).name) != Path(options.model).name:
         raise InputError(f"--out {options.out}: holds figures of {found['model']}; name another file")
@@ -87,9 +88,9 @@ def main(arguments: list[str]) -> None:
     if "memory" in options.parts:
         keep("memory", memory(model, options, console))
     if "quality" in options.parts:
-        keep("quality", quality(model, ids, options, console))
+        keep("quality", quality(model, windows, options, console))
     if "weights" in options.parts:
-        keep("weights", weights(model, ids, options, console))
+        keep("weights", weights(model, windows, options, console))
     if "speed" in options.parts:
         for rows in speed(model, tokenizer, ids, options, console):
             keep("speed", rows)
@@ -123,14 +124,14 @@ def memory(model: Transformer, options: argparse.Namespace, console: Console) ->
 
 @torch.inference_mode()
 def quality(
-    model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
+    model: Transformer, windows: Tensor, options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
     """Perplexity, divergence and agreement with the dense cache, which is in bf16, of a model that computes
     in fp32, so that only what the caches do is seen; calibrated on the end of the text, which is not scored.
     """
     context = options.context
     with console.status("measuring each layer in each format"):
-        optimizer = KVCacheOptimizer(model, ids[-context:][None])
+        optimizer = KVCacheOptimizer(model, windows[-1:])
         choices = [optimizer.choose(saving=saving) for saving in options.savings]
     kinds: dict[str, Kinds] = {kind: kind for kind in options.kinds}
     kinds[CALIBRATED] = optimizer.formats(["int4-sinks"] * model.config.num_layers)
@@ -147,14 +148,14 @@ def quality(
         return logits
 
     arms = {name: functools.partial(score, kind) for name, kind in kinds.items()}
-    rows = [{**row, "saved": 1 - bytes_[row["arm"]] / full} for row in _scores(arms, ids, options, console)]
+    rows = [{**row, "saved": 1 - bytes_[row["arm"]] / full} for row in _scores(arms, windows, console)]
     console.print("saved: " + ", ".join(f"{row['arm']} {row['saved']:.1%}" for row in rows))
     return [{"cache": row.pop("arm"), **row} for row in rows]
 
 
 @torch.inference_mode()
 def weights(
-    model: Transformer, ids: Tensor, options: argparse.Namespace, console: Console
+    model: Transformer, windows: Tensor, options: argparse.Namespace, console: Console
 ) -> list[dict[str, Any]]:
     """The same of the kinds of weights, against bf16, with a dense cache and as they decode."""
 
@@ -168,15 +169,20 @@ def weights(
 
         return score
 
-    rows = _scores({kind: arm(kind) for kind in ("bf16", "int8", "int4")}, ids, options, console)
+    rows = _scores({kind: arm(kind) for kind in ("bf16", "int8", "int4")}, windows, console)
     return [{"weights": row.pop("arm"), **row} for row in rows]
 
 
-def _scores(
-    arms: Mapping[str, Scored], ids: Tensor, options: argparse.Namespace, console: Console
-) -> list[dict[str, Any]]:
-    """What each arm's logits of windows of text are worth beside the first arm's."""
-    windows = ids[: options.windows * options.context].view(-1, options.context)
+def _windows(ids: Tensor, begin: list[int], options: argparse.Namespace) -> Tensor:
+    """Windows of the text and one more of its end, each beginning as the model's texts do (Gemma: <bos>)."""
+    text, step = ids[len(begin) :], options.context - len(begin)
+    parts = [*text[: options.windows * step].view(-1, step), text[-step:]]
+    return torch.stack([torch.cat((ids.new_tensor(begin), part)) for part in parts])
+
+
+def _scores(arms: Mapping[str, Scored], windows: Tensor, console: Console) -> list[dict[str, Any]]:
+    """What each arm's logits of all windows but the last are worth beside the first arm's."""
+    windows = windows[:-1]
     losses: dict[str, list[float]] = {name: [] for name in arms}
     divergences: dict[str, list[float]] = {name: [] for name in arms}
     agreements: dict[str, list[float]] = {name: [] for name in arms}
@@ -192,7 +198,7 @@ def _scores(
                 )
                 agreements[name].append(float((logits.argmax(-1) == reference.argmax(-1)).float().mean()))
     first = next(iter(arms))
-    table = Table(title=f"{len(windows)} windows of {options.context} tokens, against {first}")
+    table = Table(title=f"{len(windows)} windows of {windows.shape[1]} tokens, against {first}")
     for heading in ("", "perplexity", "change", "KL (nats)", "top-1"):
         table.add_column(heading, justify="right")
     rows: list[dict[str, Any]] = []

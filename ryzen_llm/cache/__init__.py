@@ -16,8 +16,8 @@ from ryzen_llm.errors import InputError
 
 CACHES: dict[str, LayerFormat] = {
     "dense": LayerFormat(Dense(), Dense()),
-    "int8": LayerFormat(Int8(), Int8()),
-    "k8v4": LayerFormat(Int8(), Int4(), sinks=4),
+    "int8": LayerFormat(Int8(rotated=True), Int8()),
+    "k8v4": LayerFormat(Int8(rotated=True), Int4(), sinks=4),
     "int4": LayerFormat(Int4(), Int4()),
     "int4-sinks": LayerFormat(Int4(), Int4(), sinks=4),
     "fp8": LayerFormat(Fp8(), Fp8()),

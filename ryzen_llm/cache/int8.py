@@ -10,7 +10,15 @@ LEAST_SCALE = torch.finfo(torch.float16).smallest_normal
 
 
 class Int8(Format):
-    """x ≈ codes * scale with codes from -127 to 127 and scale = max |x| / 127 in fp16."""
+    """x ≈ codes * scale with codes from -127 to 127 and scale = max |x| / 127 in fp16.
+
+    Args:
+        rotated: See `Format`. Some channels of keys are many times as large as the others, which the scale
+            would leave few codes; values have hardly any such channels.
+    """
+
+    def __init__(self, rotated: bool = False) -> None:
+        self.rotated = rotated
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Stored:
         """See `Format.empty`."""

@@ -231,7 +231,7 @@ class KVCacheOptimizer:
 
 
 def _with_transform(format: LayerFormat, transform: Transform, fine: int) -> LayerFormat:
-    if not format.keys.rotated:
+    if not isinstance(format.keys, Int4):
         return format
     return dataclasses.replace(format, keys=Int4(fine), key_transform=transform)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from itertools import islice
 from pathlib import Path
@@ -15,10 +14,9 @@ from torch import Tensor
 from ryzen_llm.claims import speculative_decoding
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.data.token_store import default_cache_dir
-from ryzen_llm.decoding import HeadsConfig
+from ryzen_llm.decoding import Generator, HeadsConfig
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
-from ryzen_llm.kernels import supports_bf16
 from ryzen_llm.model import Transformer
 from ryzen_llm.pipeline.orchestrator import Orchestrator
 from ryzen_llm.pipeline.report import Accuracy, Kernels
@@ -44,10 +42,9 @@ class DrafterOrchestrator(Orchestrator):
         if not self.config.options.runs("training"):
             raise InputError("phases has no training, which drafter.target is about: leave one of them out")
         target, self.tokenizer = load_pretrained(options.target)
-        writer = copy.deepcopy(target).bfloat16() if supports_bf16(torch.device("cpu")) else target
         cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
         self.texts = TargetTextModule(
-            writer,
+            Generator(target, compile=True),
             layout(self.tokenizer),
             cache_dir / "target-texts" / target.content_hash()[:16],
             texts=options.texts,

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ryzen_llm.cache import build_cache
-from ryzen_llm.decoding import Sampling
+from ryzen_llm.decoding import Generator, Sampling
 from ryzen_llm.errors import InputError
-from ryzen_llm.model import Transformer
 
 WRITTEN_AT_ONCE = 48
 """Texts decoded together."""
@@ -42,7 +42,7 @@ class Turns:
 
 @torch.inference_mode()
 def write_texts(
-    model: Transformer,
+    generator: Generator,
     turns: Turns,
     *,
     texts: int,
@@ -60,39 +60,35 @@ def write_texts(
     bool, and `hidden_states` (texts, length - 1, hidden_size), what its output head saw at all but the last.
     Raises InputError for a length beyond the model's context.
     """
-    config = model.config
-    if not len(turns.before_user) < length <= config.max_position_embeddings:
+    model = generator.model
+    known = len(turns.before_user)
+    if not known < length <= model.config.max_position_embeddings:
         raise InputError(
-            f"length is {length}, expected more than {len(turns.before_user)} and at most "
-            f"max_position_embeddings = {config.max_position_embeddings}"
+            f"length is {length}, expected more than {known} and at most "
+            f"max_position_embeddings = {model.config.max_position_embeddings}"
         )
-    weight = next(model.parameters())
-    rng = torch.Generator(weight.device).manual_seed(seed)
-    cache = build_cache(
-        "dense", config, batch_size=texts, max_length=length, dtype=weight.dtype, device=weight.device
-    )
+    device = generator.device
+    rng = torch.Generator(device).manual_seed(seed)
+    cache = generator.new_cache(texts, length)
     writers = [_Writer(turns, longest_question) for _ in range(texts)]
     rows = [list(turns.before_user) for _ in range(texts)]
-    answered = [[False] * len(turns.before_user) for _ in range(texts)]
+    answered = [[False] * known for _ in range(texts)]
     question, answer = Sampling(1.0), Sampling()
-    unread = torch.tensor(rows, device=weight.device)
-    seen: list[Tensor] = []
-    for time in range(len(turns.before_user), length):
-        seen.append(model.run_blocks(unread, cache.append(unread.shape[1]), cache.layers))
-        logits = model.logits(seen[-1][:, -1])
+    seen = [model.run_blocks(torch.tensor(rows, device=device), cache.append(known), cache.layers).cpu()]
+    logits = model.logits(seen[0][:, -1].to(device))
+    for time in range(known, length):
         drawn, likeliest = question.sample(logits, rng).tolist(), answer.sample(logits).tolist()
         for row, writer in enumerate(writers):
             token, own = writer.next(drawn[row], likeliest[row])
             rows[row].append(token)
             answered[row].append(own)
-        unread = torch.tensor([row[-1:] for row in rows], device=weight.device)
         if on_token is not None:
             on_token(time + 1)
-    return {
-        "ids": torch.tensor(rows),
-        "own": torch.tensor(answered),
-        "hidden_states": torch.cat(seen, 1).cpu(),
-    }
+        if time + 1 < length:
+            outcome = generator.fixed_width(torch.tensor([row[-1:] for row in rows], device=device), cache)
+            seen.append(outcome.hidden_states.cpu().clone())
+            logits = outcome.logits[:, 0]
+    return {"ids": torch.tensor(rows), "own": torch.tensor(answered), "hidden_states": torch.cat(seen, 1)}
 
 
 class _Writer:
@@ -128,7 +124,7 @@ class TargetTextModule(pl.LightningDataModule):
     They are written once, in `prepare_data`, to `path`, batch by batch, so that an interruption costs one.
 
     Args:
-        model: Who writes, in the dtype to write in.
+        generator: Who writes.
         turns: How its conversations are laid out.
         path: Folder for the texts.
         texts: How many, at least; whole batches are written.
@@ -143,7 +139,7 @@ class TargetTextModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        model: Transformer,
+        generator: Generator,
         turns: Turns,
         path: Path,
         *,
@@ -154,7 +150,7 @@ class TargetTextModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.generator = generator
         self.turns = turns
         self.path = path
         self.parts = -(-texts // WRITTEN_AT_ONCE)
@@ -166,15 +162,19 @@ class TargetTextModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Write the texts that are missing."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for part in range(self.parts):
-            if not self._file(part).is_file():
+        missing = [part for part in range(self.parts) if not self._file(part).is_file()]
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as bars:
+            bar = bars.add_task("texts to train on", total=len(missing) * self.length)
+            for part in missing:
                 written = write_texts(
-                    self.model,
+                    self.generator,
                     self.turns,
                     texts=WRITTEN_AT_ONCE,
                     length=self.length,
                     longest_question=min(64, self.length // 4),
                     seed=self.seed + part,
+                    on_token=lambda _: bars.advance(bar),
                 )
                 temporary = self._file(part).with_suffix(".part")
                 temporary.write_bytes(save(written))
@@ -190,7 +190,7 @@ class TargetTextModule(pl.LightningDataModule):
     def vocabulary(self, size: int) -> Tensor:
         """The ids that answers use most, `size` of them at most, ascending int64."""
         ids, own, _ = self.train.tensors
-        counts = ids[own].bincount(minlength=self.model.config.vocab_size)
+        counts = ids[own].bincount(minlength=self.generator.model.config.vocab_size)
         return counts.topk(min(size, len(counts))).indices.sort().values
 
     @property

@@ -231,7 +231,7 @@ def test_a_saved_cache_that_does_not_fit_is_refused(
         load_cache(fresh, path, model_hash="m")
     path.write_bytes(whole)
     save_file(load_file(path), path, metadata={"ryzen_llm_cache": json.dumps({"version": 0})})
-    with pytest.raises(InputError, match="has version 0, this program reads version 1"):
+    with pytest.raises(InputError, match="has version 0, this program reads version 2"):
         load_cache(fresh, path, model_hash="m")
     assert fresh.length == 0
 

@@ -37,7 +37,9 @@ def target() -> Transformer:
 
 def test_answers_are_what_the_model_finds_likeliest(target: Transformer) -> None:
     """Every token that counts as its own, scored again without a cache."""
-    written = write_texts(target, TURNS, texts=6, length=90, longest_question=7, seed=1)
+    written = write_texts(
+        Generator(target, weights="fp32"), TURNS, texts=6, length=90, longest_question=7, seed=1
+    )
     ids, own = written["ids"], written["own"]
     with torch.no_grad():
         likeliest = target(ids).argmax(-1)
@@ -49,7 +51,9 @@ def test_answers_are_what_the_model_finds_likeliest(target: Transformer) -> None
 
 
 def test_turns_follow_each_other_as_laid_out(target: Transformer) -> None:
-    written = write_texts(target, TURNS, texts=6, length=120, longest_question=7, seed=2)
+    written = write_texts(
+        Generator(target, weights="fp32"), TURNS, texts=6, length=120, longest_question=7, seed=2
+    )
     for row, chosen in zip(written["ids"].tolist(), written["own"].tolist(), strict=True):
         assert row[:2] == [1, 2]
         begins = [i for i in range(1, 120) if chosen[i] and not chosen[i - 1]]
@@ -63,7 +67,7 @@ def test_turns_follow_each_other_as_laid_out(target: Transformer) -> None:
 
 
 def test_texts_are_written_once(target: Transformer, tmp_path: Path) -> None:
-    data = TargetTextModule(target, TURNS, tmp_path / "texts", texts=50, length=40)
+    data = TargetTextModule(Generator(target, weights="fp32"), TURNS, tmp_path / "texts", texts=50, length=40)
     data.prepare_data()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "texts").iterdir()}
     assert len(before) == 2
@@ -78,7 +82,7 @@ def test_texts_are_written_once(target: Transformer, tmp_path: Path) -> None:
 
 def test_trained_heads_draft_better_and_the_target_stays(target: Transformer, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    data = TargetTextModule(target, TURNS, tmp_path, texts=96, length=64)
+    data = TargetTextModule(Generator(target, weights="fp32"), TURNS, tmp_path, texts=96, length=64)
     data.prepare_data()
     data.setup("fit")
     module = DraftHeadsModule(
