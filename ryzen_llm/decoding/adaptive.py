@@ -102,25 +102,25 @@ class DraftControl:
     def plan(self, candidates: Sequence[Mapping[str, Draft]]) -> tuple[Plan, float]:
         """The best plan for the drafts by name that there are for each text, and the tokens it expects."""
         gains = [{name: self._gains(name, draft) for name, draft in drafts.items()} for drafts in candidates]
-        best: tuple[float, float, Plan] | None = None
+        best: tuple[float, int, list[tuple[float, str | None]]] | None = None
         for width in self.widths:
-            expected = 0.0
-            chosen: list[Draft] = []
-            names: list[str | None] = []
-            for drafts, by_name in zip(candidates, gains, strict=True):
-                worth, name = max(
+            worths: list[tuple[float, str | None]] = [
+                max(
                     ((gain[min(width, len(gain)) - 1], name) for name, gain in by_name.items()),
                     default=(1.0, None),
                 )
-                draft = drafts[name] if name is not None else Draft()
-                chosen.append(Draft(draft.tokens[: width - 1], draft.signals[: width - 1]))
-                names.append(name)
-                expected += worth
-            rate = expected / self.seconds[width]
+                for by_name in gains
+            ]
+            rate = sum(worth for worth, _ in worths) / self.seconds[width]
             if best is None or rate > best[0]:
-                best = rate, expected, Plan(width, chosen, names)
+                best = rate, width, worths
         assert best is not None
-        return best[2], best[1]
+        _, width, worths = best
+        drafts = [
+            Draft() if name is None else by[name] for by, (_, name) in zip(candidates, worths, strict=True)
+        ]
+        chosen = [Draft(draft.tokens[: width - 1], draft.signals[: width - 1]) for draft in drafts]
+        return Plan(width, chosen, [name for _, name in worths]), sum(worth for worth, _ in worths)
 
     def _gains(self, name: str, draft: Draft) -> list[float]:
         return _tokens_expected([self.rates[name, signal] for signal in draft.signals])

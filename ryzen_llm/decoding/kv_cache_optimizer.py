@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ryzen_llm.cache import BLOCK, CACHES, Int4, KVCache, LayerFormat, Transform, build_cache
+from ryzen_llm.cache import CACHES, Int4, KVCache, LayerFormat, Transform, build_cache
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import Transformer
 
@@ -41,8 +41,8 @@ class CacheChoice:
     Attributes:
         names: Each layer's format by name.
         formats: The same with the measured `Transform`s, for `Generator(cache=...)`.
-        bytes_per_token: Of all layers.
-        saving: Share of the bytes per token of a dense cache in bf16.
+        bytes: Of a cache of the length asked for, transforms included.
+        saving: Share of the bytes of a dense cache in bf16.
         kl: Measured mean KL divergence from the dense model on the calibration text, in nats a token.
         perplexity_increase: Measured there, relative.
         costs: Every single measurement that led to the choice.
@@ -50,7 +50,7 @@ class CacheChoice:
 
     names: tuple[str, ...]
     formats: tuple[LayerFormat, ...]
-    bytes_per_token: float
+    bytes: int
     saving: float
     kl: float
     perplexity_increase: float
@@ -74,16 +74,22 @@ class KVCacheOptimizer:
     Args:
         model: The model, left as it is.
         calibration: Token ids of real text, (batch, time) int64; some thousand tokens are better than few.
+        length: Tokens of one text that the cache is to hold, for which bytes are counted: a transform takes
+            as many for few as for many, and a sliding window few for many. If not given, the calibration's.
 
-    Raises InputError for a calibration text that cannot work.
+    Raises InputError for a calibration text or a length that cannot work.
     """
 
-    def __init__(self, model: Transformer, calibration: Tensor) -> None:
+    def __init__(self, model: Transformer, calibration: Tensor, length: int | None = None) -> None:
         if calibration.dim() != 2 or calibration.dtype != torch.int64 or calibration.shape[1] < 16:
             raise InputError(
                 f"calibration is {tuple(calibration.shape)} {calibration.dtype}, expected token ids (batch, "
                 "time) int64 of 16 tokens or more"
             )
+        most = model.config.max_position_embeddings
+        self.length = calibration.shape[1] if length is None else length
+        if not 1 <= self.length <= most:
+            raise InputError(f"length is {self.length}, expected 1 to max_position_embeddings = {most}")
         self.model = model
         self.calibration = calibration.to(next(model.parameters()).device)
         self._costs: list[LayerCost] | None = None
@@ -96,6 +102,11 @@ class KVCacheOptimizer:
             {name: _with_transform(CACHES[name], transform, fine) for name in ("dense", *CANDIDATES)}
             for transform in transforms
         ]
+        self._bytes = {
+            (layer, name): bytes_
+            for name in ("dense", *CANDIDATES)
+            for layer, bytes_ in enumerate(self._layers_bytes(name))
+        }
 
     @torch.inference_mode()
     def choose(self, *, saving: float | None = None, perplexity_increase: float | None = None) -> CacheChoice:
@@ -139,14 +150,14 @@ class KVCacheOptimizer:
             ]
         costs = {(cost.layer, cost.format): cost.kl for cost in self._costs}
         costs |= {(layer, "dense"): 0.0 for layer in layers}
-        size = {name: self._bytes(name) for name in ("dense", *CANDIDATES)}
         names = ["dense"] * len(layers)
         path = [list(names)]
         order = ("dense", *CANDIDATES)
         while steps := [
-            ((costs[i, new] - costs[i, names[i]]) / (size[names[i]] - size[new]), i, new)
+            ((costs[i, new] - costs[i, names[i]]) / saved, i, new)
             for i in layers
             for new in order[order.index(names[i]) + 1 :]
+            if (saved := self._bytes[i, names[i]] - self._bytes[i, new]) > 0
         ]:
             _, layer, name = min(steps)
             names[layer] = name
@@ -167,7 +178,7 @@ class KVCacheOptimizer:
         return CacheChoice(
             names=tuple(names),
             formats=self.formats(names),
-            bytes_per_token=sum(map(self._bytes, names)),
+            bytes=self._size(names),
             saving=self._saving(names),
             kl=self._kl(logits),
             perplexity_increase=math.exp(loss - dense) - 1,
@@ -199,21 +210,23 @@ class KVCacheOptimizer:
         )
 
     def _saving(self, names: Sequence[str]) -> float:
-        return 1 - sum(map(self._bytes, names)) / (len(names) * self._bytes("dense"))
+        return 1 - self._size(names) / self._size(["dense"] * len(names))
 
-    def _bytes(self, name: str) -> float:
-        """A layer's bytes per token, of tensors as they are allocated; dense in bf16."""
+    def _size(self, names: Sequence[str]) -> int:
+        return sum(self._bytes[layer, name] for layer, name in enumerate(names))
+
+    def _layers_bytes(self, name: str) -> list[int]:
+        """Each layer's in a cache of `length` tokens, of tensors as they are allocated; dense in bf16."""
         cache = build_cache(
             self.formats([name] * self.model.config.num_layers),
             self.model.config,
             batch_size=1,
-            max_length=2 * BLOCK,
+            max_length=self.length,
             dtype=torch.bfloat16,
-            device=self.calibration.device,
+            device=torch.device("meta"),
         )
-        fixed = cache.bytes_allocated
-        cache.reserve(BLOCK)
-        return (cache.bytes_allocated - fixed) / BLOCK / len(cache.layers)
+        cache.reserve(self.length)
+        return [sum(tensor.nbytes for tensor in layer.tensors) for layer in cache.layers]
 
     def _key_transforms(self, fine: int) -> list[Transform]:
         """Of each layer."""
