@@ -86,7 +86,7 @@ def write_texts(
             on_token(time + 1)
         if time + 1 < length:
             outcome = generator.fixed_width(torch.tensor([row[-1:] for row in rows], device=device), cache)
-            seen.append(outcome.hidden_states.cpu().clone())
+            seen.append(outcome.hidden_states.cpu())
             logits = outcome.logits[:, 0]
     return {"ids": torch.tensor(rows), "own": torch.tensor(answered), "hidden_states": torch.cat(seen, 1)}
 
@@ -165,7 +165,8 @@ class TargetTextModule(pl.LightningDataModule):
         missing = [part for part in range(self.parts) if not self._file(part).is_file()]
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as bars:
-            bar = bars.add_task("texts to train on", total=len(missing) * self.length)
+            total = len(missing) * (self.length - len(self.turns.before_user))
+            bar = bars.add_task("texts to train on", total=total)
             for part in missing:
                 written = write_texts(
                     self.generator,
