@@ -136,7 +136,7 @@ class DrafterOptions:
     """
 
     target: str | None = None
-    texts: int = 288
+    texts: int = 768
     length: int = 384
     vocab_size: int = 8192
     intermediate_size: int = 1024
