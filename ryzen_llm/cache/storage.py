@@ -105,6 +105,8 @@ def _layout(cache: KVCache) -> list[list[Any]]:
         [
             type(layer.format.keys).__name__,
             type(layer.format.values).__name__,
+            layer.format.keys.rotated,
+            layer.format.values.rotated,
             layer.format.sinks,
             *layer.keys.codes.shape[1::2],
             layer.head_dim,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ryzen_llm.cache import CACHES, KVCache, build_cache, load_cache, save_cache
+from ryzen_llm.cache import CACHES, KVCache, LayerFormat, build_cache, load_cache, save_cache
+from ryzen_llm.cache.int8 import Int8
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -31,7 +32,7 @@ ON_CPU = [name for name in CACHES if name != "fp8"]
 
 
 def new_cache(
-    name: str = "dense",
+    name: str | list[LayerFormat] = "dense",
     max_length: int = 600,
     batch_size: int = 2,
     dtype: torch.dtype = torch.float32,
@@ -218,6 +219,8 @@ def test_a_saved_cache_that_does_not_fit_is_refused(
         load_cache(new_cache("k8v4"), path, model_hash="m")
     with pytest.raises(InputError, match="another kind or size"):
         load_cache(new_cache("int8", batch_size=1), path, model_hash="m")
+    with pytest.raises(InputError, match="another kind or size"):
+        load_cache(new_cache([LayerFormat(Int8(), Int8())] * 2), path, model_hash="m")
     with pytest.raises(InputError, match="holds 9 tokens, more than max_length = 8"):
         load_cache(new_cache("int8", max_length=8), path, model_hash="m")
     with pytest.raises(InputError, match="no such file"):
