@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
     if "weights" in options.parts:
         keep("weights", weights(model, windows, options, console))
     if "speed" in options.parts:
-        for rows in speed(model, tokenizer, ids, options, console):
+        for rows in speed(model, tokenizer, ids, windows, options, console):
             keep("speed", rows)
     if "profile" in options.parts:
         keep("profile", [profile(model, ids[:length], options, console) for length in options.decode_lengths])
@@ -225,13 +225,18 @@ def _scores(arms: Mapping[str, Scored], windows: Tensor, console: Console) -> li
 
 
 def speed(
-    model: Transformer, tokenizer: Tokenizer, ids: Tensor, options: argparse.Namespace, console: Console
+    model: Transformer,
+    tokenizer: Tokenizer,
+    ids: Tensor,
+    windows: Tensor,
+    options: argparse.Namespace,
+    console: Console,
 ) -> Iterator[list[dict[str, Any]]]:
     """Prefill and decoding tokens/s for one length after the other, all arms in interleaved rounds."""
     prompts = {length: ids[:length] for length in options.decode_lengths}
     arms: dict[str, Arm] = {}
     absent: dict[str, str] = {}
-    optimizer = KVCacheOptimizer(model, ids[-options.context :][None])
+    optimizer = KVCacheOptimizer(model, windows[-1:])
     kinds: dict[str, Kinds] = {kind: kind for kind in options.kinds}
     kinds[CALIBRATED] = optimizer.formats(["int4-sinks"] * model.config.num_layers)
     for name, cache in kinds.items():

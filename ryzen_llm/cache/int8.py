@@ -14,7 +14,7 @@ class Int8(Format):
 
     Args:
         rotated: See `Format`. Some channels of keys are many times as large as the others, which the scale
-            would leave few codes; values have hardly any such channels.
+            would leave few codes. Rotating values gained nothing on SmolLM2 and Gemma 3.
     """
 
     def __init__(self, rotated: bool = False) -> None:
