@@ -1,6 +1,7 @@
 """A run that is interrupted and resumed reports what an uninterrupted one reports, timings aside."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,12 @@ class Crashes(Callback):
 def test_a_step_done_twice_has_one_point_in_tensorboard(
     make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """The run gets to step 13, beyond its checkpoint at 10, crashes, and goes on from there in its folder."""
+    """The run gets to step 13, beyond its checkpoint at 10, crashes, and goes on from there in its folder.
+
+    TensorBoard reads the files in the order of their names: the second each was begun in, and, of two that one
+    process began in the same second, a counter read as text ("10" before "9"). So the second run waits for a
+    second of its own, as that of another process would have.
+    """
 
     def run(callbacks: list[Any], checkpoint: Path | None = None) -> str:
         logger = TensorBoardLogger(tmp_path, version="same")
@@ -106,6 +112,7 @@ def test_a_step_done_twice_has_one_point_in_tensorboard(
     saver = ModelCheckpoint(tmp_path, filename="c", every_n_train_steps=10, save_top_k=1)
     with pytest.raises(KeyError, match="planted"):
         run([saver, Crashes()])
+    time.sleep(1)
     folder = run([], tmp_path / "c.ckpt")
     assert len(list(Path(folder).glob("events*"))) == 2
     for tag in ("train/loss", "train/grad_norm", "train/learning_rate"):
