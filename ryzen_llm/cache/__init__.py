@@ -16,7 +16,7 @@ from ryzen_llm.errors import InputError
 
 CACHES: dict[str, LayerFormat] = {
     "dense": LayerFormat(Dense(), Dense()),
-    "int8": LayerFormat(Int8(rotated=True), Int8()),
+    "int8": LayerFormat(Int8(rotated=True), Int8(), sinks=1),
     "k8v4": LayerFormat(Int8(rotated=True), Int4(), sinks=4),
     "int4": LayerFormat(Int4(), Int4()),
     "int4-sinks": LayerFormat(Int4(), Int4(), sinks=4),

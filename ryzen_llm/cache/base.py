@@ -86,7 +86,9 @@ class LayerFormat:
         keys: The format of the keys.
         values: The format of the values.
         sinks: How many of the first tokens are kept as they are, too: attention leans on them whatever they
-            say (Xiao et al. 2023, arXiv:2309.17453), and their keys are the most extreme.
+            say (Xiao et al. 2023, arXiv:2309.17453), and their keys are the most extreme. All later keys are
+            stored less the mean of theirs, so that codes are not spent on what a text's keys have in common;
+            for free, as `Transform` says of its offset.
         key_transform: Measured by `KVCacheOptimizer`; None for none.
     """
 

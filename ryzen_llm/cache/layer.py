@@ -32,7 +32,7 @@ class LayerCache:
         keys: What is stored of them; like the other tensors, views of `memory` where that is there.
         memory: All tensors as bytes, for compiled decoding on a CPU: Dynamo takes a microsecond or two for
             each, before every step. None until that begins.
-        sinks: Keys and values of the first tokens, (2, batch, kv_heads, sinks + 1, head_dim); None for none.
+        sinks: Keys and values of the first tokens, (2, batch, kv_heads, sinks, head_dim); None for none.
         positions: (1, time) or (batch, time) int64, those that the last `KVCache.append` gave out.
         ring: Slots of the ring buffer of a layer with a window; 0 where slot and position are the same.
         most_slots: What it can grow to.
@@ -71,8 +71,7 @@ class LayerCache:
         self.key_transform: tuple[Tensor, ...] = () if transform is None else transform.to(device)
         self.sinks: Tensor | None = None
         if format.sinks:
-            # The last slot takes every later token's, so that writing needs no branch.
-            sinks = (2, batch_size, kv_heads, format.sinks + 1, head_dim)
+            sinks = (2, batch_size, kv_heads, format.sinks, head_dim)
             self.sinks = torch.zeros(sinks, dtype=dtype, device=device)
 
     @property
@@ -186,19 +185,19 @@ class LayerCache:
             )
         # No other tensor here is touched before: each would be an input of the graph.
         dtype = queries.dtype
-        if self.sinks is not None:
-            held = positions.clamp(max=self.format.sinks)
-            for buffer, new in zip(self.sinks, (keys, values), strict=True):
-                _write(buffer, new, held)
+        offset = self._key_offset(keys, values, positions)
+        if offset is not None:
+            later = positions >= self.format.sinks  # sinks are not read from here
+            keys = torch.where(later[:, None, :, None], keys - offset, keys)
         if self.key_transform:
-            matrices = self.key_transform[2][:, None]
-            grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), matrices)
-            queries, keys = torch.flatten(grouped, 1, 2), self._stored_keys(keys)
+            grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), self.key_transform[2][:, None])
+            queries, keys = torch.flatten(grouped, 1, 2), rotate(keys, self.key_transform[1])
         elif self.format.keys.rotated:
             # One product for both; the scores stay the same.
             rotated = hadamard(torch.cat((queries, keys), 1))
             queries, keys = torch.split(rotated, [queries.shape[1], keys.shape[1]], 1)
-        queries, values = self.format.keys.against_codes(queries).to(dtype), self._stored_values(values)
+        queries = self.format.keys.against_codes(queries).to(dtype)
+        values = hadamard(values) if self.format.values.rotated else values
         slots = positions % self.ring if self.ring else positions
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
@@ -208,7 +207,7 @@ class LayerCache:
             for kept, fresh in zip(stored, encoded, strict=True):
                 if kept is not None and fresh is not None:
                     _write(kept, fresh, slots)
-        sinks = self._sinks_read(dtype)
+        sinks = self._sinks_read(dtype, offset)
         context = cached_attention(
             queries, self.keys, self.values, positions, ring=self.ring, window=self.window, sinks=sinks
         )
@@ -216,23 +215,37 @@ class LayerCache:
             context = hadamard(context)
         return context.to(dtype)
 
-    def _stored_keys(self, keys: Tensor) -> Tensor:
-        """What the format is given to encode for `keys`."""
+    def _key_offset(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor | None:
+        """What is taken from all keys, (1 or batch, kv_heads, 1, head_dim) fp32; before, first tokens that are
+        among the new ones are kept.
+        """
+        if self.sinks is not None:
+            num_sinks, (batch, kv_heads, time, head_dim) = self.format.sinks, keys.shape
+            among_new = torch.arange(num_sinks, device=keys.device) - positions[:, :1]
+            is_new = ((among_new >= 0) & (among_new < time))[:, None, :, None]
+            index = among_new.clamp(0, time - 1)[:, None, :, None].expand(batch, kv_heads, -1, head_dim)
+            for buffer, new in zip(self.sinks, (keys, values), strict=True):
+                buffer.copy_(torch.where(is_new, new.to(buffer.dtype).gather(2, index), buffer))
         if self.key_transform:
-            offset, matrix, _ = self.key_transform
-            return rotate(keys - offset, matrix)
-        return hadamard(keys) if self.format.keys.rotated else keys
+            return self.key_transform[0]
+        if self.sinks is None:
+            return None
+        # One after the other, so that the sum is the same to the bit wherever it is taken.
+        mean: Tensor = sum(self.sinks[0].float().unbind(2)) / self.format.sinks
+        return mean[:, :, None]
 
-    def _stored_values(self, values: Tensor) -> Tensor:
-        return hadamard(values) if self.format.values.rotated else values
-
-    def _sinks_read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def _sinks_read(self, dtype: torch.dtype, offset: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The first tokens, transformed as the others are."""
         if self.sinks is None:
             return None
-        keys, values = self.sinks[:, :, :, : self.format.sinks]
-        keys = self.format.keys.as_codes(self._stored_keys(keys))
-        return keys.to(dtype), self._stored_values(values).to(dtype)
+        keys, values = self.sinks
+        keys = keys - offset
+        if self.key_transform:
+            keys = rotate(keys, self.key_transform[1])
+        elif self.format.keys.rotated:
+            keys = hadamard(keys)
+        values = hadamard(values) if self.format.values.rotated else values
+        return self.format.keys.as_codes(keys).to(dtype), values.to(dtype)
 
     def _check(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         kv_heads = self.kv_heads

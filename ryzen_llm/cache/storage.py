@@ -16,7 +16,7 @@ from torch import Tensor
 from ryzen_llm.cache.kv_cache import KVCache
 from ryzen_llm.errors import InputError
 
-VERSION = 2
+VERSION = 3
 _HEADER = "ryzen_llm_cache"
 
 

@@ -165,7 +165,6 @@ struct Side {
   Given given;
   Stored slots, sinks;
   Matrix matrix;  // that vectors are multiplied by before they are encoded
-  const float* offset = nullptr;
   bool rotated = false;  // by Hadamard's matrix, which undoes itself
 };
 
@@ -176,10 +175,11 @@ struct Call {
   int64_t batch, kv_heads, groups, time, rows, ring, window, num_sinks = 0;
   const int64_t* positions = nullptr;
   int64_t text_step = 0, step = 0;
+  const float* offset = nullptr;  // (kv_heads, width), given with the matrices
   // What follows is worked out from these.
   int64_t used = 0, in_slots = 0, spans = 0;
   Floats *prepared = nullptr, *prepared_for_sinks = nullptr, *contexts = nullptr;
-  std::vector<float> shifts, shifts_of_sinks;
+  std::vector<float> offsets, shifts, shifts_of_sinks;  // offsets: (batch, kv_heads, width), taken from later keys
   std::vector<Seen> seen, seen_of_sinks;
   std::vector<Sum> sums;
 
@@ -192,16 +192,34 @@ struct Call {
   int64_t grain() const { return 16 / rows + 1; }
 };
 
-// Stores what is new of a head; the first tokens as they are, too.
-void append(const Call& call, const Side& side, int64_t text, int64_t head) {
+// Stores those of the new tokens that are the first ones as they are, and finds what is taken from later keys.
+void find_offsets(Call& call) {
+  thread_local std::vector<float> given;
+  const int64_t width = call.queries.width;
+  given.resize(call.time * width);
+  call.offsets.resize((call.offset || call.num_sinks) ? call.texts_heads() * width : 0);
+  for (int64_t i = 0; i < call.texts_heads() && !call.offsets.empty(); ++i) {
+    const int64_t text = i / call.kv_heads, head = i % call.kv_heads;
+    for (const Side* side : {&call.keys, &call.values}) {
+      if (call.position(text, 0) >= call.num_sinks) break;
+      side->given.read(text, head, 1, given.data());
+      for (int64_t t = 0; t < call.time && call.position(text, t) < call.num_sinks; ++t)
+        encode(&given[t * width], width, side->sinks, i * call.num_sinks + call.position(text, t), nullptr);
+    }
+    float* offset = &call.offsets[i * width];
+    if (call.offset) std::copy_n(call.offset + head * width, width, offset);
+    else mean(call.keys.sinks, i * call.num_sinks, call.num_sinks, offset);
+  }
+}
+
+// Stores what is new of a head, less its offset if there is one.
+void append(const Call& call, const Side& side, const float* offset, int64_t text, int64_t head) {
   thread_local std::vector<float> given, turned, room;
   const int64_t width = side.given.width, row = text * call.kv_heads + head;
   given.resize(call.time * width), turned.resize(call.time * width), room.resize(width);
   side.given.read(text, head, 1, given.data());
-  for (int64_t t = 0; t < call.time && call.num_sinks; ++t)
-    if (call.position(text, t) < call.num_sinks)
-      encode(&given[t * width], width, side.sinks, row * side.sinks.slots + call.position(text, t), room.data());
-  for (int64_t i = 0; side.offset && i < call.time * width; ++i) given[i] -= side.offset[head * width + i % width];
+  for (int64_t t = 0; t < call.time && offset; ++t)
+    for (int64_t c = 0; c < width && call.position(text, t) >= call.num_sinks; ++c) given[t * width + c] -= offset[c];
   if (side.matrix) multiply(side.matrix.of(head), given.data(), call.time, turned.data()), given.swap(turned);
   for (int64_t t = 0; t < call.time; ++t)
     encode(&given[t * width], width, side.slots, row * side.slots.slots + call.slot(text, t), room.data());
@@ -217,10 +235,12 @@ void prepare(Call& call, int64_t text, int64_t head) {
   const float factor = 1 / std::sqrt(static_cast<float>(width));
   for (float& x : given) x *= factor;
   for (int64_t r = 0; r < call.rows && call.num_sinks; ++r) {
-    const float *query = &given[r * width], *offset = call.keys.offset ? call.keys.offset + head * width : nullptr;
+    const float *query = &given[r * width], *offset = &call.offsets[row / call.rows * width];
     put_in_place(query, sinks, call.prepared_for_sinks + (row + r) * sinks.vectors());
-    // All other keys are without the offset, which takes the same from all scores of a query.
-    if (offset) call.shifts_of_sinks[row + r] = -sum_of(width, [&](int64_t c) { return query[c] * offset[c]; });
+    // Later keys are without the offset, which takes the same from all scores of a query. One that sees none of them
+    // is spared that: its result is not to depend on first tokens that come after it.
+    if (call.position(text, r % call.time) >= call.num_sinks)
+      call.shifts_of_sinks[row + r] = -sum_of(width, [&](int64_t c) { return query[c] * offset[c]; });
   }
   if (call.query_matrix) multiply(call.query_matrix.of(head), given.data(), call.rows, turned.data()), given.swap(turned);
   else if (call.keys.rotated) hadamard(given.data(), call.rows * width, width);
@@ -307,7 +327,7 @@ void write(const Tensor& y, int64_t from, const float* x, int64_t count) {
     round_all(x, count, static_cast<uint16_t*>(y.mutable_data_ptr()) + from);
 }
 
-// `memory` from its beginning: first tokens, (2, batch, heads, sinks + 1, width), and the keys' offset and matrices, each
+// `memory` from its beginning: first tokens, (2, batch, heads, sinks, width), and the keys' offset and matrices, each
 // from a multiple of ALIGNMENT on. How many bytes that is.
 int64_t find_fixed(Call& call, const Tensor& memory, Codes sink_codes, bool transformed) {
   auto* const begin = static_cast<uint8_t*>(memory.mutable_data_ptr());
@@ -321,17 +341,17 @@ int64_t find_fixed(Call& call, const Tensor& memory, Codes sink_codes, bool tran
   if (call.num_sinks) {
     STD_TORCH_CHECK(call.num_sinks > 0 && (sink_codes == Codes::FP32 || sink_codes == Codes::BF16),
                     "append_and_attend: ", call.num_sinks, " sinks of another type, expected none or more, fp32 or bf16");
-    const int64_t numbers = call.texts_heads() * (call.num_sinks + 1) * width;  // the last token is nobody's
+    const int64_t numbers = call.texts_heads() * call.num_sinks * width;
     auto* at = take(2 * numbers, bytes_of(sink_codes));
     for (Side* side : {&call.keys, &call.values}) {
       Stored& stored = side->sinks;
-      stored.codes = sink_codes, stored.width = width, stored.slots = call.num_sinks + 1;
+      stored.codes = sink_codes, stored.width = width, stored.slots = call.num_sinks;
       stored.row_bytes = width * bytes_of(sink_codes), stored.bytes = at;
       stored.end = at += numbers * bytes_of(sink_codes);
     }
   }
   if (transformed) {
-    call.keys.offset = reinterpret_cast<const float*>(take(call.kv_heads * width, sizeof(float)));
+    call.offset = reinterpret_cast<const float*>(take(call.kv_heads * width, sizeof(float)));
     for (Matrix* matrix : {&call.keys.matrix, &call.query_matrix})
       *matrix = {width, width * width, nullptr,
                  reinterpret_cast<const uint16_t*>(take(call.kv_heads * width * width, sizeof(uint16_t)))};
@@ -433,12 +453,15 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   const int64_t key_vectors = call.keys.slots.vectors(), rows = call.texts_heads() * call.rows;
   call.prepared = query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
   call.prepared_for_sinks = call.prepared + rows * key_vectors;
+  find_offsets(call);
   // Of a head: its keys, its values, its queries. Matrices are read from memory, by all threads.
   parallel_for(0, 3 * call.texts_heads(), transformed ? 1 : 3 * call.grain(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t text = i / 3 / call.kv_heads, head = i / 3 % call.kv_heads;
-      if (i % 3 == 2) prepare(call, text, head);
-      else append(call, i % 3 ? call.values : call.keys, text, head);
+      const float* offset = call.offsets.empty() ? nullptr : &call.offsets[i / 3 * width];
+      if (i % 3 == 0) append(call, call.keys, offset, text, head);
+      else if (i % 3 == 1) append(call, call.values, nullptr, text, head);
+      else prepare(call, text, head);
     }
   });
 

@@ -81,6 +81,19 @@ void round_all(const float* from, int64_t count, uint16_t* to) {
   for (; i < count; ++i) reinterpret_cast<BFloat16*>(to)[i] = from[i];
 }
 
+// Of `count` rows of fp32 or bf16, summed one after the other.
+void mean(const Stored& of, int64_t row, int64_t count, float* to) {
+  thread_local std::vector<float> next;
+  next.resize(of.width);
+  std::fill_n(to, of.width, 0.0f);
+  for (int64_t i = row; i < row + count; ++i) {
+    if (of.codes == Codes::BF16) widen_all(reinterpret_cast<const uint16_t*>(of.row(i)), of.width, next.data());
+    else std::memcpy(next.data(), of.row(i), of.row_bytes);
+    for (int64_t c = 0; c < of.width; ++c) to[c] += next[c];
+  }
+  for (int64_t c = 0; c < of.width; ++c) to[c] /= static_cast<float>(count);
+}
+
 // A row's channels to where their numbers are once codes are unpacked; the sum of all. What no channel has is zero.
 float put_in_place(const float* channels, const Stored& stored, Floats* to) {
   auto* places = reinterpret_cast<float*>(to);

@@ -64,14 +64,14 @@ def test_vectors_with_their_codes_channels_have_the_same_products(fine: int, see
 
 @pytest.mark.parametrize("transformed", [True, False])
 def test_a_layer_with_fine_channels_attends_as_the_formula_says(transformed: bool) -> None:
-    """Against softmax attention in fp64 on keys that are rounded channel by channel, sinks as they are."""
+    """Against softmax attention in fp64 on keys that are rounded channel by channel, less an offset; sinks as they are."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 40, 16, generator=draw) for heads in (4, 2, 2))
     hadamard = torch.tensor([[1.0]], dtype=torch.float64)
     for _ in range(4):
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
     hadamard /= 4
-    matrix, offset, transform = hadamard.expand(2, 16, 16), torch.zeros(2, 1, 16), None
+    matrix, offset, transform = hadamard.expand(2, 16, 16), k[0, :, :3].mean(1, keepdim=True), None
     if transformed:
         matrix = torch.linalg.qr(torch.randn(2, 16, 16, generator=draw)).Q.half()
         offset = torch.randn(2, 1, 16, generator=draw)

@@ -1,5 +1,8 @@
-"""Keys of 8 bits are rotated for the sake of those whose channels differ much in size."""
+"""What keys would spend codes on for nothing: channels that differ much in size, and what all keys share."""
 
+import dataclasses
+
+import pytest
 import torch
 
 from ryzen_llm.cache import CACHES, LayerCache, LayerFormat
@@ -36,5 +39,16 @@ def test_a_large_channel_of_the_keys_costs_little() -> None:
     keys[..., 7] *= 40
     queries[..., 7] /= 40
     rotated = error(CACHES["int8"], queries, keys, values)
-    assert rotated < 0.3 * error(LayerFormat(Int8(), Int8()), queries, keys, values)
+    assert rotated < 0.3 * error(LayerFormat(Int8(), Int8(), sinks=1), queries, keys, values)
     assert rotated < 0.01
+
+
+@pytest.mark.parametrize("name", ["int8", "k8v4", "int4-sinks"])
+def test_what_all_keys_have_in_common_costs_nothing(name: str) -> None:
+    """It is ten times as large as what they differ in: without first tokens, whose mean is taken, it costs."""
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(3, 1, 1, TIME, 64)
+    shared = keys + 10 * torch.randn(64)
+    found = error(CACHES[name], queries, shared, values)
+    assert found < 1.01 * error(CACHES[name], queries, keys, values)
+    assert found < 0.7 * error(dataclasses.replace(CACHES[name], sinks=0), queries, shared, values)
