@@ -122,6 +122,12 @@ def memory(model: Transformer, options: argparse.Namespace, console: Console) ->
     return rows
 
 
+def _calibrated(optimizer: KVCacheOptimizer) -> dict[str, Kinds]:
+    """The smallest cache, if transforms pay in any of its layers."""
+    formats = optimizer.formats(["int4-sinks"] * optimizer.model.config.num_layers)
+    return {CALIBRATED: formats} if any(format.key_transform for format in formats) else {}
+
+
 @torch.inference_mode()
 def quality(
     model: Transformer, windows: Tensor, options: argparse.Namespace, console: Console
@@ -134,7 +140,7 @@ def quality(
         optimizer = KVCacheOptimizer(model, windows[-1:])
         choices = [optimizer.choose(saving=saving) for saving in options.savings]
     kinds: dict[str, Kinds] = {kind: kind for kind in options.kinds}
-    kinds[CALIBRATED] = optimizer.formats(["int4-sinks"] * model.config.num_layers)
+    kinds |= _calibrated(optimizer)
     kinds |= {f"optimised {choice.saving:.1%}": choice.formats for choice in choices}
     bytes_: dict[str, int] = {}
     for name, kind in kinds.items():
@@ -238,7 +244,7 @@ def speed(
     absent: dict[str, str] = {}
     optimizer = KVCacheOptimizer(model, windows[-1:])
     kinds: dict[str, Kinds] = {kind: kind for kind in options.kinds}
-    kinds[CALIBRATED] = optimizer.formats(["int4-sinks"] * model.config.num_layers)
+    kinds |= _calibrated(optimizer)
     for name, cache in kinds.items():
         generator = Generator(model, cache=cache, weights=options.weights, compile=True)
         arms[f"ours {name}"] = _ours(generator, options.new_tokens)

@@ -216,8 +216,8 @@ class LayerCache:
         return context.to(dtype)
 
     def _key_offset(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor | None:
-        """What is taken from all keys, (1 or batch, kv_heads, 1, head_dim) fp32; before, first tokens that are
-        among the new ones are kept.
+        """What later keys are stored without, (1 or batch, kv_heads, 1, head_dim) fp32; keeps those first
+        tokens that are among the new ones.
         """
         if self.sinks is not None:
             num_sinks, (batch, kv_heads, time, head_dim) = self.format.sinks, keys.shape
@@ -231,8 +231,8 @@ class LayerCache:
         if self.sinks is None:
             return None
         # One after the other, so that the sum is the same to the bit wherever it is taken.
-        mean: Tensor = sum(self.sinks[0].float().unbind(2)) / self.format.sinks
-        return mean[:, :, None]
+        first, *others = self.sinks[0].float().split(1, 2)
+        return sum(others, start=first) / self.format.sinks
 
     def _sinks_read(self, dtype: torch.dtype, offset: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The first tokens, transformed as the others are."""

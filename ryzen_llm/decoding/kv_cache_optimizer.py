@@ -69,7 +69,7 @@ class KVCacheOptimizer:
     Each layer is measured in each format while the others stay dense, on the calibration text's first 1024
     tokens; then, from dense on, the change with the least divergence for the bytes that it saves is made, one
     after the other. Keys of 4 bits get a `Transform` measured on the whole text, which gathers what matters
-    most in one channel of eight, and those have 8 bits.
+    most in one channel of eight, and those have 8 bits; but not where its matrices take more than it saves.
 
     Args:
         model: The model, left as it is.
@@ -98,15 +98,17 @@ class KVCacheOptimizer:
         with torch.inference_mode():
             self._dense_logits = self._logits(["dense"] * model.config.num_layers, self.calibration)
             transforms = self._key_transforms(fine)
-        self._formats = [
-            {name: _with_transform(CACHES[name], transform, fine) for name in ("dense", *CANDIDATES)}
-            for transform in transforms
-        ]
-        self._bytes = {
-            (layer, name): bytes_
-            for name in ("dense", *CANDIDATES)
-            for layer, bytes_ in enumerate(self._layers_bytes(name))
-        }
+        self._formats: dict[str, list[LayerFormat]] = {}
+        self._bytes: dict[str, list[int]] = {}
+        larger: Sequence[float] = [math.inf] * len(transforms)
+        for name in ("dense", *CANDIDATES):
+            formats = [_with_transform(CACHES[name], transform, fine) for transform in transforms]
+            smaller = (new < old for new, old in zip(self._layers_bytes(formats), larger, strict=True))
+            formats = [
+                format if saves else CACHES[name] for format, saves in zip(formats, smaller, strict=True)
+            ]
+            self._formats[name], self._bytes[name] = formats, self._layers_bytes(formats)
+            larger = self._bytes[name]
 
     @torch.inference_mode()
     def choose(self, *, saving: float | None = None, perplexity_increase: float | None = None) -> CacheChoice:
@@ -136,8 +138,8 @@ class KVCacheOptimizer:
         return best
 
     def formats(self, names: Sequence[str]) -> tuple[LayerFormat, ...]:
-        """Formats by name, with this model's `Transform`s."""
-        return tuple(layer[name] for layer, name in zip(self._formats, names, strict=True))
+        """Formats by name, with this model's `Transform`s where those pay."""
+        return tuple(self._formats[name][layer] for layer, name in enumerate(names))
 
     def _path(self) -> list[list[str]]:
         """From all dense to the smallest, one layer's step at a time, the cheapest for its bytes first."""
@@ -157,7 +159,7 @@ class KVCacheOptimizer:
             ((costs[i, new] - costs[i, names[i]]) / saved, i, new)
             for i in layers
             for new in order[order.index(names[i]) + 1 :]
-            if (saved := self._bytes[i, names[i]] - self._bytes[i, new]) > 0
+            if (saved := self._bytes[names[i]][i] - self._bytes[new][i]) > 0
         ]:
             _, layer, name = min(steps)
             names[layer] = name
@@ -213,12 +215,12 @@ class KVCacheOptimizer:
         return 1 - self._size(names) / self._size(["dense"] * len(names))
 
     def _size(self, names: Sequence[str]) -> int:
-        return sum(self._bytes[layer, name] for layer, name in enumerate(names))
+        return sum(self._bytes[name][layer] for layer, name in enumerate(names))
 
-    def _layers_bytes(self, name: str) -> list[int]:
+    def _layers_bytes(self, formats: Sequence[LayerFormat]) -> list[int]:
         """Each layer's in a cache of `length` tokens, of tensors as they are allocated; dense in bf16."""
         cache = build_cache(
-            self.formats([name] * self.model.config.num_layers),
+            formats,
             self.model.config,
             batch_size=1,
             max_length=self.length,

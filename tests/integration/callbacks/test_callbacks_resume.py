@@ -96,9 +96,9 @@ def test_a_step_done_twice_has_one_point_in_tensorboard(
 ) -> None:
     """The run gets to step 13, beyond its checkpoint at 10, crashes, and goes on from there in its folder.
 
-    TensorBoard reads the files in the order of their names: the second each was begun in, and, of two that one
-    process began in the same second, a counter read as text ("10" before "9"). So the second run waits for a
-    second of its own, as that of another process would have.
+    TensorBoard reads the files in the order of their names: the second each was begun in, and, of two that
+    one process began in the same second, a counter read as text ("10" before "9"). So the second run waits
+    for a second of its own, as that of another process would have.
     """
 
     def run(callbacks: list[Any], checkpoint: Path | None = None) -> str:

@@ -64,7 +64,10 @@ def test_vectors_with_their_codes_channels_have_the_same_products(fine: int, see
 
 @pytest.mark.parametrize("transformed", [True, False])
 def test_a_layer_with_fine_channels_attends_as_the_formula_says(transformed: bool) -> None:
-    """Against softmax attention in fp64 on keys that are rounded channel by channel, less an offset; sinks as they are."""
+    """Against softmax attention in fp64 on keys that are rounded channel by channel.
+
+    Sinks are as they are, and all other keys rounded less an offset.
+    """
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 40, 16, generator=draw) for heads in (4, 2, 2))
     hadamard = torch.tensor([[1.0]], dtype=torch.float64)

@@ -45,7 +45,7 @@ def test_a_large_channel_of_the_keys_costs_little() -> None:
 
 @pytest.mark.parametrize("name", ["int8", "k8v4", "int4-sinks"])
 def test_what_all_keys_have_in_common_costs_nothing(name: str) -> None:
-    """It is ten times as large as what they differ in: without first tokens, whose mean is taken, it costs."""
+    """It is ten times what they differ in: where there are no first tokens, whose mean is taken, it costs."""
     torch.manual_seed(0)
     queries, keys, values = torch.randn(3, 1, 1, TIME, 64)
     shared = keys + 10 * torch.randn(64)

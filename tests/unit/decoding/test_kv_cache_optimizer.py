@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ryzen_llm import KVCacheOptimizer
-from ryzen_llm.cache import build_cache
+from ryzen_llm.cache import CACHES, build_cache
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -79,8 +79,9 @@ def test_what_a_transform_takes_is_counted(model: Transformer, ids: torch.Tensor
     """In a cache of 200 tokens that is more than the bits that it saves: no layer gets one."""
     optimizer = KVCacheOptimizer(model, ids, 200)
     smallest = optimizer.choose(perplexity_increase=1e9)
-    assert set(smallest.names) == {"k8v4"}
-    assert smallest.bytes == 3 * 2 * (200 * 54 + 4 * 128)
+    assert set(smallest.names) == {"int4-sinks"}
+    assert set(smallest.formats) == {CACHES["int4-sinks"]}
+    assert smallest.bytes == 3 * 2 * (200 * 40 + 4 * 128)
 
 
 def test_a_quality_budget_is_kept_and_used(optimizer: KVCacheOptimizer, ids: torch.Tensor) -> None:
