@@ -231,8 +231,9 @@ class LayerCache:
         if self.sinks is None:
             return None
         # One after the other, so that the sum is the same to the bit wherever it is taken.
-        first, *others = self.sinks[0].float().split(1, 2)
-        return sum(others, start=first) / self.format.sinks
+        first, *others = torch.split(self.sinks[0].float(), 1, 2)
+        mean: Tensor = sum(others, start=first) / self.format.sinks
+        return mean
 
     def _sinks_read(self, dtype: torch.dtype, offset: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The first tokens, transformed as the others are."""
