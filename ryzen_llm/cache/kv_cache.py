@@ -67,6 +67,7 @@ class KVCache:
         ]
         self._lengths = [0] * batch_size  # shared with the views that `row` gives
         self._rows = range(batch_size)
+        self._reserved = 0
         self._longest = [0] * batch_size  # ever held: what a ring buffer has overwritten follows from it
 
     @property
@@ -142,9 +143,11 @@ class KVCache:
 
     def reserve(self, length: int) -> None:
         """Grow now to hold texts of `length` tokens, rounded up to whole blocks; never shrinks."""
-        blocks = -(-length // BLOCK)
+        if length <= self._reserved:
+            return
+        self._reserved = min(-(-length // BLOCK) * BLOCK, self.max_length)
         for layer in self.layers:
-            layer.grow(min(blocks * BLOCK, self.max_length))
+            layer.grow(self._reserved)
 
     def row(self, index: int, length: int) -> Self:
         """A cache for one text of the batch that shares its memory, with room for `length` tokens.

@@ -1,7 +1,7 @@
 """How long a draft, and whose, gives the most tokens a second: decided at every step, from measurements."""
 
 from collections import defaultdict, deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -14,7 +14,10 @@ MEMORY = 64
 PROBE_INTERVAL = 32
 """A drafter that costs more than it seems to be worth is asked again after so many steps."""
 CHEAP = 0.01
-"""A drafter that takes less than this part of a step is asked at every step."""
+"""A drafter that takes less than this part of a step is asked at every step, as long as its drafts are read."""
+IDLE = 64
+"""Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
+IDLE_INTERVAL = 4
 SMOOTHING = 0.1
 
 
@@ -61,6 +64,7 @@ class DraftControl:
         self.costs: dict[str, float] = {}
         self._latest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._since_asked: dict[str, int] = defaultdict(int)
+        self._unread: dict[str, int] = defaultdict(int)
 
     def passed(self, width: int, seconds: float) -> None:
         """Take in how long a pass took; an interruption by something else counts as twice the usual."""
@@ -72,6 +76,12 @@ class DraftControl:
         self._latest[name].append(seconds)
         self.costs[name] = median(self._latest[name])  # the first call may have compiled something
         self._since_asked[name] = 0
+
+    def settled(self, asked: Collection[str], plan: Plan) -> None:
+        """Take in which plan was made of the drafts of those that were asked."""
+        for name in asked:
+            read = plan.width > 1 and name in plan.names
+            self._unread[name] = 0 if read else self._unread[name] + 1
 
     def learn(self, name: str, draft: Draft, truth: Sequence[int]) -> None:
         """Take in what the text's next tokens were, as far as they tell; a draft need not have been used."""
@@ -85,9 +95,12 @@ class DraftControl:
         """How many tokens to ask a drafter for: as many as might beat the plan and its `expected`, or 0."""
         most = self.widths[-1] - 1
         cost = self.costs.get(name)
-        if not most or cost is None or cost * most < CHEAP * self.seconds[self.widths[0]]:
+        if not most or cost is None:
             return most
         self._since_asked[name] += 1
+        if cost * most < CHEAP * self.seconds[self.widths[0]]:
+            due = self._unread[name] < IDLE or self._since_asked[name] >= IDLE_INTERVAL
+            return most if due else 0
         rates = [self.rates[name, "depth", depth] for depth in range(most)]
         gains = _tokens_expected(rates)
         texts = len(plan.drafts)

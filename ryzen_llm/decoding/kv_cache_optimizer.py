@@ -119,12 +119,13 @@ class KVCacheOptimizer:
         """
         if (saving is None) == (perplexity_increase is None):
             raise InputError("give saving or perplexity_increase, one of them")
+        least = sum(map(min, zip(*self._bytes.values(), strict=True)))
+        most = 1 - least / sum(self._bytes["dense"])
+        if saving is not None and saving > most:
+            raise InputError(f"saving is {saving}, the most that is possible is {most:.3f}")
         path = self._path()
         if saving is not None:
-            for names in path:
-                if self._saving(names) >= saving:
-                    return self._measured(names)
-            raise InputError(f"saving is {saving}, the most that is possible is {self._saving(path[-1]):.3f}")
+            return self._measured(next(names for names in path if self._saving(names) >= saving))
         assert perplexity_increase is not None
         low, high = 0, len(path) - 1  # path[0] is dense, and increases nothing
         best = self._measured(path[0])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ryzen_llm.decoding import Draft
-from ryzen_llm.decoding.adaptive import PROBE_INTERVAL, DraftControl
+from ryzen_llm.decoding.adaptive import IDLE, IDLE_INTERVAL, PROBE_INTERVAL, DraftControl
 
 SECONDS = {1: 1.0, 4: 1.5, 8: 2.5}
 
@@ -90,6 +90,27 @@ def test_a_costly_drafter_is_asked_if_it_may_pay_and_now_and_then() -> None:
     assert not good.worth_asking("a", plan, expected), "a token now costs as much as a step"
     bad.costs["a"] = 1e-5
     assert bad.worth_asking("a", plan, expected) == 7, "it costs next to nothing"
+
+
+def test_a_cheap_drafter_whose_drafts_are_not_read_is_asked_less_until_one_is() -> None:
+    control = taught(0.1)
+    control.proposed("a", 1e-5)
+
+    def asked(steps: int) -> int:
+        count = 0
+        for _ in range(steps):
+            plan, expected = control.plan([{}])
+            if control.worth_asking("a", plan, expected):
+                control.proposed("a", 1e-5)
+                control.settled(["a"], control.plan([{"a": draft(7)}])[0])
+                count += 1
+        return count
+
+    assert asked(IDLE) == IDLE
+    assert asked(400) == 400 // IDLE_INTERVAL
+    for _ in range(150):
+        control.learn("a", draft(7), [5] * 7)
+    assert asked(40) == 40 - (IDLE_INTERVAL - 1), "from the first that is read on at every step"
 
 
 def test_an_interruption_does_not_upset_the_times() -> None:
