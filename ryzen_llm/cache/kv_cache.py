@@ -18,8 +18,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, for a batch of texts of the same or different lengths.
 
     A forward pass calls `append` once and then `attend` on each of `layers`. What is read back for a token
-    depends on that token and its position only, so that however the tokens are split into calls, and whatever
-    was rolled back in between, attention sees the same values. Buffers grow in blocks of 128 tokens, up to
+    depends on that token, its position and the text's first tokens only, so that however the tokens are split
+    into calls, and whatever was rolled back in between, attention sees the same values. Buffers grow in blocks of 128 tokens, up to
     `max_length`, or with `reserve` at once; between two growths their addresses stay.
 
     Args:

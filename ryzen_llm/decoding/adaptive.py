@@ -14,7 +14,7 @@ MEMORY = 64
 PROBE_INTERVAL = 32
 """A drafter that costs more than it seems to be worth is asked again after so many steps."""
 CHEAP = 0.01
-"""A drafter that takes less than this part of a step is asked at every step, as long as its drafts are read."""
+"""A drafter that takes less than this part of a step is asked at every step while its drafts are read."""
 IDLE = 64
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
