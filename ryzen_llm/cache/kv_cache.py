@@ -19,8 +19,9 @@ class KVCache:
 
     A forward pass calls `append` once and then `attend` on each of `layers`. What is read back for a token
     depends on that token, its position and the text's first tokens only, so that however the tokens are split
-    into calls, and whatever was rolled back in between, attention sees the same values. Buffers grow in blocks of 128 tokens, up to
-    `max_length`, or with `reserve` at once; between two growths their addresses stay.
+    into calls, and whatever was rolled back in between, attention sees the same values. Buffers grow in
+    blocks of 128 tokens, up to `max_length`, or with `reserve` at once; between two growths their addresses
+    stay.
 
     Args:
         config: The model's shape.
