@@ -58,10 +58,10 @@ def append_and_attend(
         new_keys: (batch, kv_heads, time, head_dim), of the same dtype, as `new_values`.
         new_values: To be stored as `cache.Int8` and `cache.Int4` say, by the dtype of the codes.
         memory: (bytes,) uint8, written to. First the sinks' keys and values, not rotated, (2, batch,
-            kv_heads, sinks, head_dim); then the transform: an
-            offset (kv_heads, 1, head_dim) fp32 and two matrices (kv_heads, head_dim, head_dim) fp16; each of
-            these from a multiple of `MEMORY_ALIGNMENT` on. Then, of all slots, the keys' codes, scale and
-            minimum and the values', as far as there are such, those of 4 bytes a number first, then of 2.
+            kv_heads, sinks, head_dim); then the transform: an offset (kv_heads, 1, head_dim) fp32 and two
+            matrices (kv_heads, head_dim, head_dim) fp16; each of these from a multiple of `MEMORY_ALIGNMENT`
+            on. Then, of all slots, the keys' codes, scale and minimum and the values', as far as there are
+            such, those of 4 bytes a number first, then of 2.
         dtypes: Of keys' codes, of values' codes and of the sinks: fp32, bf16, int8 or, for packed codes,
             uint8.
         positions: As of `cached_attention`, like `ring` and `window`.
