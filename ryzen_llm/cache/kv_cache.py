@@ -68,7 +68,7 @@ class KVCache:
         ]
         self._lengths = [0] * batch_size  # shared with the views that `row` gives
         self._rows = range(batch_size)
-        self._reserved = 0
+        self._reserved = 0  # tokens that there is room for
         self._longest = [0] * batch_size  # ever held: what a ring buffer has overwritten follows from it
 
     @property

@@ -185,19 +185,20 @@ class LayerCache:
             )
         # No other tensor here is touched before: each would be an input of the graph.
         dtype = queries.dtype
-        offset = self._key_offset(keys, values, positions)
+        self._keep_first(keys, values, positions)
+        offset = self._key_offset()
         if offset is not None:
             later = positions >= self.format.sinks  # sinks are not read from here
             keys = torch.where(later[:, None, :, None], keys - offset, keys)
         if self.key_transform:
             grouped = rotate(torch.unflatten(queries, 1, (keys.shape[1], -1)), self.key_transform[2][:, None])
-            queries, keys = torch.flatten(grouped, 1, 2), rotate(keys, self.key_transform[1])
+            queries, keys = torch.flatten(grouped, 1, 2), self._turned_keys(keys)
         elif self.format.keys.rotated:
             # One product for both; the scores stay the same.
             rotated = hadamard(torch.cat((queries, keys), 1))
             queries, keys = torch.split(rotated, [queries.shape[1], keys.shape[1]], 1)
         queries = self.format.keys.against_codes(queries).to(dtype)
-        values = hadamard(values) if self.format.values.rotated else values
+        values = self._turned_values(values)
         slots = positions % self.ring if self.ring else positions
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
@@ -215,17 +216,19 @@ class LayerCache:
             context = hadamard(context)
         return context.to(dtype)
 
-    def _key_offset(self, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor | None:
-        """What later keys are stored without, (1 or batch, kv_heads, 1, head_dim) fp32; keeps those first
-        tokens that are among the new ones.
-        """
-        if self.sinks is not None:
-            num_sinks, (batch, kv_heads, time, head_dim) = self.format.sinks, keys.shape
-            among_new = torch.arange(num_sinks, device=keys.device) - positions[:, :1]
-            is_new = ((among_new >= 0) & (among_new < time))[:, None, :, None]
-            index = among_new.clamp(0, time - 1)[:, None, :, None].expand(batch, kv_heads, -1, head_dim)
-            for buffer, new in zip(self.sinks, (keys, values), strict=True):
-                buffer.copy_(torch.where(is_new, new.to(buffer.dtype).gather(2, index), buffer))
+    def _keep_first(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Keep those first tokens that are among the new ones."""
+        if self.sinks is None:
+            return
+        num_sinks, (batch, kv_heads, time, head_dim) = self.format.sinks, keys.shape
+        among_new = torch.arange(num_sinks, device=keys.device) - positions[:, :1]
+        is_new = ((among_new >= 0) & (among_new < time))[:, None, :, None]
+        index = among_new.clamp(0, time - 1)[:, None, :, None].expand(batch, kv_heads, -1, head_dim)
+        for buffer, new in zip(self.sinks, (keys, values), strict=True):
+            buffer.copy_(torch.where(is_new, new.to(buffer.dtype).gather(2, index), buffer))
+
+    def _key_offset(self) -> Tensor | None:
+        """What later keys are stored without, (1 or batch, kv_heads, 1, head_dim) fp32."""
         if self.key_transform:
             return self.key_transform[0]
         if self.sinks is None:
@@ -235,18 +238,21 @@ class LayerCache:
         mean: Tensor = sum(others, start=first) / self.format.sinks
         return mean
 
+    def _turned_keys(self, keys: Tensor) -> Tensor:
+        if self.key_transform:
+            return rotate(keys, self.key_transform[1])
+        return hadamard(keys) if self.format.keys.rotated else keys
+
+    def _turned_values(self, values: Tensor) -> Tensor:
+        return hadamard(values) if self.format.values.rotated else values
+
     def _sinks_read(self, dtype: torch.dtype, offset: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """The first tokens, transformed as the others are."""
         if self.sinks is None:
             return None
         keys, values = self.sinks
-        keys = keys - offset
-        if self.key_transform:
-            keys = rotate(keys, self.key_transform[1])
-        elif self.format.keys.rotated:
-            keys = hadamard(keys)
-        values = hadamard(values) if self.format.values.rotated else values
-        return self.format.keys.as_codes(keys).to(dtype), values.to(dtype)
+        keys = self.format.keys.as_codes(self._turned_keys(keys - offset))
+        return keys.to(dtype), self._turned_values(values).to(dtype)
 
     def _check(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         kv_heads = self.kv_heads

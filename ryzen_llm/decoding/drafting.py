@@ -74,7 +74,6 @@ class Drafting:
         """Drafts for the texts of these `rows`, each of at most `room` tokens."""
         started = time.perf_counter()
         self._asked = [{} for _ in rows]
-        asked_names: list[str] = []
         best, expected = self.control.plan(self._asked)
         for name in sorted(self._sessions, key=lambda name: self.control.costs.get(name, 0.0)):
             most = self.control.worth_asking(name, best, expected)
@@ -88,9 +87,8 @@ class Drafting:
             self.control.proposed(name, (time.perf_counter() - asked_at) / max(longest, 1))
             for asked, draft in zip(self._asked, drafts, strict=True):
                 asked[name] = draft
-            asked_names.append(name)
             best, expected = self.control.plan(self._asked)
-        self.control.settled(asked_names, best)
+        self.control.settled(self._asked[0], best)
         self.statistics.drafting_seconds += time.perf_counter() - started
         return best
 

@@ -192,22 +192,28 @@ struct Call {
   int64_t grain() const { return 16 / rows + 1; }
 };
 
-// Stores those of the new tokens that are the first ones as they are, and finds what is taken from later keys.
-void find_offsets(Call& call) {
+// Stores those of the new tokens that are the first ones as they are.
+void keep_first(const Call& call, const Side& side) {
   thread_local std::vector<float> given;
-  const int64_t width = call.queries.width;
+  const int64_t width = side.given.width;
   given.resize(call.time * width);
-  call.offsets.resize((call.offset || call.num_sinks) ? call.texts_heads() * width : 0);
-  for (int64_t i = 0; i < call.texts_heads() && !call.offsets.empty(); ++i) {
-    const int64_t text = i / call.kv_heads, head = i % call.kv_heads;
-    for (const Side* side : {&call.keys, &call.values}) {
-      if (call.position(text, 0) >= call.num_sinks) break;
-      side->given.read(text, head, 1, given.data());
-      for (int64_t t = 0; t < call.time && call.position(text, t) < call.num_sinks; ++t)
-        encode(&given[t * width], width, side->sinks, i * call.num_sinks + call.position(text, t), nullptr);
-    }
+  for (int64_t i = 0; i < call.texts_heads(); ++i) {
+    const int64_t text = i / call.kv_heads;
+    if (call.position(text, 0) >= call.num_sinks) continue;
+    side.given.read(text, i % call.kv_heads, 1, given.data());
+    for (int64_t t = 0; t < call.time && call.position(text, t) < call.num_sinks; ++t)
+      encode(&given[t * width], width, side.sinks, i * call.num_sinks + call.position(text, t), nullptr);
+  }
+}
+
+// Finds what is taken from all keys but those of the first tokens.
+void find_offsets(Call& call) {
+  if (!call.offset && !call.num_sinks) return;
+  const int64_t width = call.queries.width;
+  call.offsets.resize(call.texts_heads() * width);
+  for (int64_t i = 0; i < call.texts_heads(); ++i) {
     float* offset = &call.offsets[i * width];
-    if (call.offset) std::copy_n(call.offset + head * width, width, offset);
+    if (call.offset) std::copy_n(call.offset + i % call.kv_heads * width, width, offset);
     else mean(call.keys.sinks, i * call.num_sinks, call.num_sinks, offset);
   }
 }
@@ -453,6 +459,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   const int64_t key_vectors = call.keys.slots.vectors(), rows = call.texts_heads() * call.rows;
   call.prepared = query_room.of(rows * (key_vectors + call.keys.sinks.vectors()));
   call.prepared_for_sinks = call.prepared + rows * key_vectors;
+  for (const Side* side : {&call.keys, &call.values}) keep_first(call, *side);
   find_offsets(call);
   // Of a head: its keys, its values, its queries. Matrices are read from memory, by all threads.
   parallel_for(0, 3 * call.texts_heads(), transformed ? 1 : 3 * call.grain(), [&](int64_t begin, int64_t end) {
