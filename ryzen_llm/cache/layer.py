@@ -186,7 +186,7 @@ class LayerCache:
         # No other tensor here is touched before: each would be an input of the graph.
         dtype = queries.dtype
         self._keep_first(keys, values, positions)
-        offset = self._key_offset()
+        offset = self._key_offset(positions)
         if offset is not None:
             later = positions >= self.format.sinks  # sinks are not read from here
             keys = torch.where(later[:, None, :, None], keys - offset, keys)
@@ -227,7 +227,7 @@ class LayerCache:
         for buffer, new in zip(self.sinks, (keys, values), strict=True):
             buffer.copy_(torch.where(is_new, new.to(buffer.dtype).gather(2, index), buffer))
 
-    def _key_offset(self) -> Tensor | None:
+    def _key_offset(self, positions: Tensor) -> Tensor | None:
         """What later keys are stored without, (1 or batch, kv_heads, 1, head_dim) fp32."""
         if self.key_transform:
             return self.key_transform[0]
@@ -235,8 +235,9 @@ class LayerCache:
             return None
         # One after the other, so that the sum is the same to the bit wherever it is taken.
         first, *others = torch.split(self.sinks[0].float(), 1, 2)
-        mean: Tensor = sum(others, start=first) / self.format.sinks
-        return mean
+        mean = sum(others, start=first) / self.format.sinks
+        # Until all of them are there, some are of a text that was rolled back, and no later key is seen.
+        return torch.where((positions[:, -1:] >= self.format.sinks)[..., None, None], mean, 0.0)
 
     def _turned_keys(self, keys: Tensor) -> Tensor:
         if self.key_transform:
