@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         help="our arms: drafters as for generate.py, joined by commas, or `wrong`, which never holds; plain "
         "decoding is always among them",
     )
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speculation.json"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 import time
 import weakref
 from collections.abc import Sequence
@@ -98,19 +99,16 @@ class FixedWidthPass:
         with shared_compilations():  # each width and batch is a graph of the same code
             return self._run(tokens, positions, cache.layers, ropes)
 
-    def measure(self, widths: Sequence[int], cache: KVCache, rounds: int = 3) -> dict[int, float]:
-        """Seconds of a pass for each width, the least of `rounds` after two that compile; adds nothing."""
+    def measure(self, widths: Sequence[int], cache: KVCache, rounds: int = 8) -> dict[int, float]:
+        """Seconds of a pass of each width, the least of `rounds` after two that compile; adds nothing."""
         lengths = cache.lengths
-        seconds: dict[int, float] = {}
-        for width in widths:
+        seconds = dict.fromkeys(widths, math.inf)
+        for width in (*(width for width in widths for _ in range(2)), *(rounds * list(widths))):
             tokens = torch.zeros(len(lengths), width, dtype=torch.int64, device=self.device)
-            for attempt in range(2 + rounds):
-                started = time.perf_counter()
-                self(tokens, cache).logits.amax(-1).tolist()  # which waits for the device
-                taken = time.perf_counter() - started
-                cache.truncate(lengths)
-                if attempt >= 2:
-                    seconds[width] = min(taken, seconds.get(width, taken))
+            started = time.perf_counter()
+            self(tokens, cache).logits.amax(-1).tolist()  # which waits for the device
+            seconds[width] = min(time.perf_counter() - started, seconds[width])
+            cache.truncate(lengths)
         return seconds
 
     def _forward(

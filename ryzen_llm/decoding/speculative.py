@@ -23,7 +23,7 @@ from ryzen_llm.errors import InputError
 if TYPE_CHECKING:
     from ryzen_llm.decoding.generator import Generator
 
-WIDTHS = (1, 4, 8)
+WIDTHS = (1, 2, 4, 8)
 WIDEST = 64
 
 

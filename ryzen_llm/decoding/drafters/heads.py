@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ryzen_llm.decoding.drafters.base import Draft, Drafter, DraftSession, Step
+from ryzen_llm.decoding.huge_pages import move_to_huge_pages
 from ryzen_llm.decoding.weights import Int4Linear
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import rms_norm, swiglu
+from ryzen_llm.kernels import rms_norm, shared_compilations, swiglu
 from ryzen_llm.kernels.quantised_linear import GROUP
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
@@ -143,19 +144,22 @@ class HeadsDrafter(Drafter):
         draft = _Unrolled(heads, output_rows(model, vocabulary)).to(weight.device, weight.dtype)
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
             draft.quantise()
+        move_to_huge_pages((*draft.parameters(), *draft.buffers()))
         draft.embedding = model.embedding
+        self.depth = heads.config.depth
         self._run = torch.compile(draft, fullgraph=True, dynamic=False) if compile else draft
-        with torch.inference_mode():  # compiles, before anyone takes the time
-            self.draft(weight.new_zeros(config.hidden_size), int(vocabulary[0]))
+        with torch.inference_mode(), shared_compilations():  # before anyone takes the time
+            for depth in range(1, heads.config.depth + 1) if compile else ():
+                self.draft(weight.new_zeros(config.hidden_size), int(vocabulary[0]), depth)
 
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
         """See `Drafter.begin`."""
         return _Session(self, tokens[-1], hidden_state)
 
-    def draft(self, hidden_state: Tensor, token: int) -> Draft:
-        """What may follow `token`, which the model found after `hidden_state` (hidden_size,)."""
+    def draft(self, hidden_state: Tensor, token: int, most: int) -> Draft:
+        """At most `most` tokens after `token`, which the model found after `hidden_state` (hidden_size,)."""
         last = torch.tensor([token], device=hidden_state.device)
-        tokens, confidences = self._run(hidden_state[None], last)
+        tokens, confidences = self._run(hidden_state[None], last, min(most, self.depth))
         levels = (confidences * CONFIDENCE_LEVELS).long().clamp(max=CONFIDENCE_LEVELS - 1)
         signals = [depth * CONFIDENCE_LEVELS + level for depth, level in enumerate(levels.flatten().tolist())]
         return Draft(tokens.flatten().tolist(), signals)
@@ -172,7 +176,7 @@ def output_rows(model: Transformer, vocabulary: Tensor) -> Tensor:
 
 
 class _Unrolled(nn.Module):
-    """All depths of a draft at once, so that one graph holds them."""
+    """All of a draft's tokens at once, so that one graph holds them."""
 
     embedding: Embedding
 
@@ -190,10 +194,10 @@ class _Unrolled(nn.Module):
             if linear.in_features % GROUP == 0 and linear.out_features % 16 == 0:
                 setattr(parent, name, Int4Linear(linear, name))
 
-    def forward(self, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, states: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """States (batch, hidden_size) and tokens (batch,) to ids and probabilities, (batch, depth) each."""
         drafted, confidences = [], []
-        for _ in range(self.heads.config.depth):
+        for _ in range(depth):
             states = self.heads(states, self.embedding.lookup(tokens))
             logits = self.rows(states).float()
             highest, index = logits.max(-1)
@@ -210,8 +214,7 @@ class _Session(DraftSession):
         self.hidden_state = hidden_state
 
     def propose(self, most: int) -> Draft:
-        draft = self.drafter.draft(self.hidden_state, self.token)
-        return Draft(draft.tokens[:most], draft.signals[:most])
+        return self.drafter.draft(self.hidden_state, self.token, most)
 
     def update(self, step: Step) -> None:
         self.token = step.accepted[-1]

@@ -57,9 +57,10 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
         token = int(heads.vocabulary[(matrix[heads.vocabulary] @ state).argmax()])
         expected.append(token)
     with torch.inference_mode():
-        draft = drafter.draft(first.float(), 7)
+        draft, shorter = drafter.draft(first.float(), 7, 9), drafter.draft(first.float(), 7, 2)
     assert draft.tokens == expected
     assert len(set(draft.signals)) == 4, "each depth has its own"
+    assert (shorter.tokens, shorter.signals) == (draft.tokens[:2], draft.signals[:2])
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int4"])
