@@ -28,7 +28,7 @@ OURS = "ours"
 ARMS = {
     OURS: "bf16 autocast where the hardware has it, blocks and loss compiled, fused AdamW, measured kernels",
     "naive": "our model with PyTorch's kernels, eager fp32, PyTorch's default AdamW",
-    "strong": "our model with PyTorch's kernels in bf16 autocast, compiled as a whole, fused AdamW",
+    "strong": "our model with PyTorch's kernels, bf16 autocast, compiled as a whole, fused AdamW, as nanoGPT",
     "no compile": "ours without torch.compile",
     "no fused": "ours without fused AdamW",
     "no bf16": "ours in fp32",
@@ -207,7 +207,10 @@ def _builders(
         builders["no bf16"] = lambda: ours(autocast=False)
     absent = {}
     # litgpt's own pins exclude the versions of its dependencies that transformers and this project need.
-    peers = (("transformers", _transformers, "transformers"), ("litgpt", _litgpt, "--no-deps litgpt psutil"))
+    peers = (
+        ("transformers", transformers_model, "transformers"),
+        ("litgpt", _litgpt, "--no-deps litgpt psutil"),
+    )
     for name, build, requirement in peers:
         if importlib.util.find_spec(name) is None:
             absent[name] = f"not installed: pip install {requirement}"
@@ -231,7 +234,8 @@ def _peer(model: nn.Module, device: torch.device, optimised: bool, bf16: bool) -
     return model, torch.compile(loss) if optimised else loss, adamw, bf16
 
 
-def _transformers(config: ModelConfig) -> nn.Module:
+def transformers_model(config: ModelConfig) -> nn.Module:
+    """LlamaForCausalLM of the same shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model: nn.Module = LlamaForCausalLM(

@@ -19,9 +19,9 @@ IDLE = 64
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
 SMOOTHING = 0.1
-"""Weight of the latest pass in the time of a pass; more, the more passes of other widths came before it."""
-WIDTH_INTERVAL = 256
-"""A width that none of so many passes had is tried with the next draft that fills it."""
+"""How far the times of all widths follow one pass: the machine may have become slower, or the text longer."""
+OWN_SMOOTHING = 0.05
+"""How far the time of the pass's own width follows it beyond that."""
 
 
 class AcceptanceRates:
@@ -65,19 +65,20 @@ class DraftControl:
         self.seconds = dict(seconds)
         self.rates = AcceptanceRates()
         self.costs: dict[str, float] = {}
-        self._passes_since = dict.fromkeys(self.widths, 0)
         self._latest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._since_asked: dict[str, int] = defaultdict(int)
         self._unread: dict[str, int] = defaultdict(int)
 
     def passed(self, width: int, seconds: float) -> None:
-        """Take in how long a pass took; an interruption by something else counts as twice the usual."""
-        usual = self.seconds[width]
-        weight = 1 - (1 - SMOOTHING) ** (1 + self._passes_since[width])
-        self.seconds[width] += weight * (min(seconds, 2 * usual) - usual)
-        for other in self.widths:
-            self._passes_since[other] += 1
-        self._passes_since[width] = 0
+        """Take in how long a pass took; an interruption by something else counts as twice the usual.
+
+        What slows one pass would have slowed one of another width: it moves the times of all, or a burst of
+        other work would leave the width that it met behind the others.
+        """
+        ratio = min(seconds / self.seconds[width], 2.0)
+        for each in self.widths:
+            self.seconds[each] *= ratio**SMOOTHING
+        self.seconds[width] *= ratio**OWN_SMOOTHING
 
     def proposed(self, name: str, seconds: float) -> None:
         """Take in how long a drafter took for a token of every text."""
@@ -133,11 +134,6 @@ class DraftControl:
                 for by_name in gains
             ]
             rate = sum(worth for worth, _ in worths) / self.seconds[width]
-            if self._passes_since[width] >= WIDTH_INTERVAL and any(
-                len(draft.tokens) >= width - 1 for drafts in candidates for draft in drafts.values()
-            ):
-                best = rate, width, worths
-                break
             if best is None or rate > best[0]:
                 best = rate, width, worths
         assert best is not None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ryzen_llm.decoding import Draft
-from ryzen_llm.decoding.adaptive import IDLE, IDLE_INTERVAL, PROBE_INTERVAL, WIDTH_INTERVAL, DraftControl
+from ryzen_llm.decoding.adaptive import IDLE, IDLE_INTERVAL, PROBE_INTERVAL, DraftControl
 
 SECONDS = {1: 1.0, 4: 1.5, 8: 2.5}
 
@@ -116,36 +116,33 @@ def test_a_cheap_drafter_whose_drafts_are_not_read_is_asked_less_until_one_is() 
 def test_an_interruption_does_not_upset_the_times() -> None:
     control = DraftControl(list(SECONDS), SECONDS)
     control.passed(4, 100.0)
-    assert control.seconds[4] == pytest.approx(1.5 * 1.1)
+    assert control.seconds[4] < 1.5 * 1.12
     for _ in range(100):
         control.passed(4, 2.0)
     assert control.seconds[4] == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_width_that_was_timed_while_something_else_ran_is_found_again() -> None:
-    """Its time was taken for five times what it is: without a try, no pass would ever show it."""
-    control = DraftControl(list(SECONDS), {1: 1.0, 4: 7.5, 8: 9.0})
-    for _ in range(400):
-        control.rates.learn(("a", 0), True)
-    widths = []
-    for _ in range(WIDTH_INTERVAL + 40):
-        width = control.plan([{"a": draft(3)}])[0].width
-        control.passed(width, SECONDS[width])
-        widths.append(width)
-    assert set(widths[:WIDTH_INTERVAL]) == {1}
-    assert set(widths[WIDTH_INTERVAL:]) == {4}, "and 8 is left alone, which no draft fills"
-    assert control.seconds[4] == pytest.approx(1.5, rel=1e-6)
+def test_a_slower_machine_moves_the_times_of_all_widths() -> None:
+    """Else a burst of other work would leave the width that it met looking worse than the others for good."""
+    control = taught(0.6)
+    for _ in range(40):
+        control.passed(4, 2 * SECONDS[4])
+    assert control.seconds[1] > 1.5 * SECONDS[1]
+    assert control.plan([{"a": draft(7)}])[0].width == 4
+    for _ in range(40):
+        control.passed(4, SECONDS[4])
+    assert control.seconds == pytest.approx(SECONDS, rel=0.02)
 
 
-def test_tries_of_widths_that_do_not_pay_are_rare() -> None:
-    """Drafts that never hold, of any length: less than a hundredth of the time."""
-    control = taught(0.0)
-    seconds = 0.0
-    for _ in range(10 * WIDTH_INTERVAL):
-        width = control.plan([{"a": draft(7)}])[0].width
-        control.passed(width, SECONDS[width])
-        seconds += SECONDS[width]
-    assert seconds < 1.01 * 10 * WIDTH_INTERVAL * SECONDS[1]
+def test_the_times_of_widths_follow_what_they_are() -> None:
+    """Passes of 4 tokens turn out as costly as one of 8: the two others are not moved by it."""
+    control = DraftControl(list(SECONDS), SECONDS)
+    true = {**SECONDS, 4: 2.5}
+    for _ in range(200):
+        for width, seconds in true.items():
+            control.passed(width, seconds)
+    ratios = [control.seconds[width] / control.seconds[1] for width in true]
+    assert ratios == pytest.approx([1.0, 2.5, 2.5], rel=0.05)
 
 
 def test_drafting_never_costs_more_than_it_is_expected_to_give() -> None:
