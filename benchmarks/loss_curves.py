@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
         theirs.load_state_dict(
             dict(weights_of(start, 0.0)), strict=False
         )  # the tied head is no weight of ours
-        if not torch.equal(theirs.lm_head.weight.cpu(), start.embedding.dense_weight()):
+        if not torch.equal(theirs.get_parameter("lm_head.weight").cpu(), start.embedding.dense_weight()):
             raise AssertionError("the twins start with other weights")
         train, val = _batches(config, seed, options)
         for name, (model, loss) in arms.items():
@@ -162,7 +162,7 @@ def _batches(
         raise InputError(
             f"--source {options.source} has {len(train)} batches, --steps asks for {options.steps}"
         )
-    return train, list(islice(data.val_dataloader(), options.validation_batches))
+    return train, list(islice(data.val_dataloader()[0], options.validation_batches))
 
 
 def _train(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 SMALLEST_BLOCK = 64
 MOST_BLOCKS = 8  # each is compiled on its own, so this bounds the compile time
@@ -41,10 +42,10 @@ def attention_in_query_blocks(
 ) -> Tensor:
     """`causal_attention` with the softmax in fp32, a block of queries at a time over the keys that it sees.
 
-    It skips most of the masked half, and the queries that share a key head make one larger matrix product:
-    compiled for CPU in bf16, forward and backward ran 1.2 times (512 tokens) to 1.75 times (256) as fast as
-    PyTorch's own kernel on two cores, and as fast as it in fp32. There are `blocks` of them, or fewer where
-    they would have under `SMALLEST_BLOCK` queries.
+    It skips most of the masked half, and the queries that share a key head make one larger matrix product.
+    Backward computes a block's softmax again, as in Dao et al. 2022 (arXiv:2205.14135): to write and to read
+    it takes longer, and it would be most of a step's memory. There are `blocks` of them, or fewer where they
+    would have under `SMALLEST_BLOCK` queries.
     """
     batch, num_heads, time, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
@@ -55,11 +56,22 @@ def attention_in_query_blocks(
     for start in range(0, time, block):
         end = min(start + block, time)
         first = max(0, start - window + 1) if window else 0
-        rows = queries[..., start:end, :].flatten(2, 3)
-        scores = (rows @ keys[:, :, first:end].mT).float() * head_dim**-0.5
-        scores = scores.view(batch, num_kv_heads, -1, end - start, end - first)
-        scores = scores.masked_fill(~visible(positions[start:end], positions[first:end], window), -torch.inf)
-        weights = scores.softmax(-1).to(values.dtype).flatten(2, 3)
-        context = weights @ values[:, :, first:end]
+        context = checkpoint(
+            _attend,
+            queries[..., start:end, :].flatten(2, 3),
+            keys[:, :, first:end],
+            values[:, :, first:end],
+            visible(positions[start:end], positions[first:end], window),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         contexts.append(context.view(batch, num_heads, end - start, head_dim))
     return torch.cat(contexts, dim=2)
+
+
+def _attend(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Of rows (batch, kv_heads, heads / kv_heads * queries, head_dim); `mask` is (queries, keys) bool."""
+    scores = (rows @ keys.mT).float() * rows.shape[-1] ** -0.5
+    scores = scores.unflatten(2, (-1, len(mask))).masked_fill(~mask, -torch.inf)
+    context: Tensor = scores.softmax(-1).to(values.dtype).flatten(2, 3) @ values
+    return context

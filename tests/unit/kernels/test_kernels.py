@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ryzen_llm.kernels import apply_rotary, causal_attention, cross_entropy, rms_norm, rotary_table, swiglu
+from ryzen_llm.kernels.causal_attention import attention_in_query_blocks
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -103,6 +104,21 @@ def test_attention_in_query_blocks_equals_the_plain_kernel(
     gradients = [torch.autograd.grad(out, inputs, upstream) for out in (blocked, plain)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_in_query_blocks_keeps_no_weights_for_backward() -> None:
+    """They were more than a third of a training step's memory; keys and values may be kept."""
+    inputs = [randn(2, 2, 512, 8, seed=s).float().requires_grad_() for s in range(3)]
+    largest = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel() if tensor.is_floating_point() else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attention_in_query_blocks(*inputs)
+    assert largest <= 2 * 2 * 512 * 8
 
 
 def test_cross_entropy_follows_its_formula() -> None:
