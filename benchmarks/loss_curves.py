@@ -31,6 +31,7 @@ from ryzen_llm.model import PRESETS, ModelConfig, Transformer
 from ryzen_llm.training import KernelOptimizer, OptimizerConfig, build_adamw
 
 OURS, PEER = "ours", "transformers"
+WARMUP_STEPS = 20
 CHUNKS = 5
 """Parts of a curve whose mean losses are compared, besides the validation loss at its end."""
 
@@ -171,12 +172,14 @@ def _train(
     """The loss of every step, of a model that is trained from its weights as they are."""
     model.train()
     optimizer = build_adamw(model, OptimizerConfig())
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
     losses = []
     for batch in track(list(batches), what, transient=True):
         value = _loss(loss, batch.to(device), bf16)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(value.detach())
     return [float(value) for value in losses]

@@ -248,6 +248,7 @@ def transformers_model(config: ModelConfig) -> nn.Module:
             head_dim=config.head_dim,
             intermediate_size=config.intermediate_size,
             max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
             tie_word_embeddings=config.tie_embeddings,
             use_cache=False,
         )
@@ -272,6 +273,7 @@ def _litgpt(config: ModelConfig) -> nn.Module:
             parallel_residual=False,
             bias=False,
             norm_class_name="RMSNorm",
+            norm_eps=config.rms_norm_eps,
             mlp_class_name="LLaMAMLP",
             intermediate_size=config.intermediate_size,
         )
