@@ -70,12 +70,12 @@ class DraftControl:
         self._unread: dict[str, int] = defaultdict(int)
 
     def passed(self, width: int, seconds: float) -> None:
-        """Take in how long a pass took; an interruption by something else counts as twice the usual.
+        """Take in how long a pass took, between half and twice the usual: interruptions are no measure.
 
         What slows one pass would have slowed one of another width: it moves the times of all, or a burst of
         other work would leave the width that it met behind the others.
         """
-        ratio = min(seconds / self.seconds[width], 2.0)
+        ratio = min(max(seconds / self.seconds[width], 0.5), 2.0)
         for each in self.widths:
             self.seconds[each] *= ratio**SMOOTHING
         self.seconds[width] *= ratio**OWN_SMOOTHING
