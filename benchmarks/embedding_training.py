@@ -15,10 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
-from ryzen_callbacks.intervals import mean_interval
 
 from benchmarks.side_by_side import settings_of
-from ryzen_llm.data import TextDataModule
+from benchmarks.twins import compare, shown, text_of
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig
 from ryzen_llm.model.embedding import Embedding, QuantizedEmbedding, allocate_bits
@@ -93,16 +92,8 @@ def main(arguments: list[str]) -> None:
         if name == "dense":
             table.add_row(name, "1", f"{mean:.4f}", "", "")
         else:
-            relative = [a / b - 1 for a, b in zip(each, losses["dense"], strict=True)]
-            interval = mean_interval(relative)
-            assert interval is not None
-            low, high = interval
-            # A 95% interval inside the margin is two one-sided tests at 2.5% (TOST).
-            row |= {"increase": sum(relative) / len(relative), "ci_low": low, "ci_high": high}
-            row["equivalent"] = -options.margin <= low and high <= options.margin
-            row["no_worse"] = high <= options.margin
-            change = f"{row['increase']:+.2%} [{low:+.2%}, {high:+.2%}]"
-            table.add_row(name, f"{ratios[name]:.2f}x", f"{mean:.4f}", change, str(row["equivalent"]))
+            row |= compare(each, losses["dense"], options.margin)
+            table.add_row(name, f"{ratios[name]:.2f}x", f"{mean:.4f}", shown(row), str(row["equivalent"]))
         rows.append(row)
     console.print(table)
     settings = settings_of(options)
@@ -117,15 +108,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, tuple[
     compressing it to each of `ratios`, calibrated on training text.
     """
     pl.seed_everything(seed, verbose=False)
-    data = TextDataModule(
-        options.source,
-        vocab_size=options.vocab_size,
-        context=options.context,
-        batch_size=options.batch,
-        seed=seed,
-    )
-    data.prepare_data()
-    data.setup("fit")
+    data = text_of(options, options.vocab_size, seed)
     kind, settings = KINDS.get(name, ("dense", {}))
     config = ModelConfig.from_name(
         options.model,

@@ -6,24 +6,21 @@ import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from ryzen_callbacks import describe_environment, write_json
-from ryzen_callbacks.intervals import mean_interval
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import settings_of
-from benchmarks.training import transformers_model
-from ryzen_llm.data import TextDataModule
+from benchmarks.training import Loss, loss_of_logits, transformers_model
+from benchmarks.twins import compare, shown, text_of
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop.weights import weights_of
 from ryzen_llm.kernels import shared_compilations, supports_bf16
@@ -34,9 +31,6 @@ OURS, PEER = "ours", "transformers"
 WARMUP_STEPS = 20
 CHUNKS = 5
 """Parts of a curve whose mean losses are compared, besides the validation loss at its end."""
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(input_ids, targets), both (batch, context) int64 -> mean cross-entropy."""
 
 
 @shared_compilations()
@@ -77,14 +71,7 @@ def main(arguments: list[str]) -> None:
     ours.compile_blocks()
     arms: dict[str, tuple[nn.Module, Loss]] = {
         OURS: (ours, lambda ids, targets: ours.loss(ids, targets)[0]),
-        PEER: (
-            theirs,
-            torch.compile(
-                lambda ids, targets: F.cross_entropy(
-                    theirs(ids).logits.float().flatten(0, 1), targets.flatten()
-                )
-            ),
-        ),
+        PEER: (theirs, loss_of_logits(theirs, compiled=True)),
     }
     curves: dict[str, list[list[float]]] = {name: [] for name in arms}
     validation: dict[str, list[float]] = {name: [] for name in arms}
@@ -92,9 +79,8 @@ def main(arguments: list[str]) -> None:
         torch.manual_seed(seed)
         start = Transformer(config)
         ours.load_state_dict(start.state_dict())
-        theirs.load_state_dict(
-            dict(weights_of(start, 0.0)), strict=False
-        )  # the tied head is no weight of ours
+        # Their tied head is no weight of ours.
+        theirs.load_state_dict(dict(weights_of(start, 0.0)), strict=False)
         if not torch.equal(theirs.get_parameter("lm_head.weight").cpu(), start.embedding.dense_weight()):
             raise AssertionError("the twins start with other weights")
         train, val = _batches(config, seed, options)
@@ -113,22 +99,12 @@ def main(arguments: list[str]) -> None:
     for heading in ("loss", OURS, PEER, "difference [95%]", f"within {options.margin:.1%}"):
         table.add_column(heading, justify="left" if heading == "loss" else "right")
     for label, pairs in _parts(curves, validation, options.steps).items():
-        differences = [a / b - 1 for a, b in zip(pairs[OURS], pairs[PEER], strict=True)]
-        interval = mean_interval(differences)
-        assert interval is not None  # of 6 or more
-        low, high = interval
-        # A 95% interval inside the margin is two one-sided tests at 2.5% (TOST).
-        row: dict[str, Any] = {"loss": label, **pairs, "difference": statistics.fmean(differences)}
-        row |= {
-            "ci_low": low,
-            "ci_high": high,
-            "equivalent": -options.margin <= low and high <= options.margin,
-        }
+        row = {"loss": label, **pairs, **compare(pairs[OURS], pairs[PEER], options.margin)}
         rows.append(row)
         table.add_row(
             label,
             *(f"{statistics.fmean(pairs[name]):.4f}" for name in (OURS, PEER)),
-            f"{row['difference']:+.3%} [{low:+.3%}, {high:+.3%}]",
+            shown(row, digits=3),
             "yes" if row["equivalent"] else "not shown",
         )
     console.print(table)
@@ -149,15 +125,7 @@ def main(arguments: list[str]) -> None:
 def _batches(
     config: ModelConfig, seed: int, options: argparse.Namespace
 ) -> tuple[list[Tensor], list[Tensor]]:
-    data = TextDataModule(
-        options.source,
-        vocab_size=config.vocab_size,
-        context=options.context,
-        batch_size=options.batch,
-        seed=seed,
-    )
-    data.prepare_data()
-    data.setup("fit")
+    data = text_of(options, config.vocab_size, seed)
     train = list(islice(data.train_dataloader(), options.steps))
     if len(train) < options.steps:
         raise InputError(

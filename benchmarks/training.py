@@ -224,14 +224,19 @@ def _builders(
 
 def _peer(model: nn.Module, device: torch.device, optimised: bool, bf16: bool) -> Built:
     model = model.to(device)
+    adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=optimised or None)
+    return model, loss_of_logits(model, compiled=optimised), adamw, bf16
+
+
+def loss_of_logits(model: nn.Module, compiled: bool) -> Loss:
+    """The usual loss of a model that gives logits; compiled, it is so as a whole with the model."""
 
     def loss(input_ids: Tensor, targets: Tensor) -> Tensor:
         output = model(input_ids)
         logits = output if isinstance(output, Tensor) else output.logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    adamw = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=optimised or None)
-    return model, torch.compile(loss) if optimised else loss, adamw, bf16
+    return torch.compile(loss) if compiled else loss
 
 
 def transformers_model(config: ModelConfig) -> nn.Module:

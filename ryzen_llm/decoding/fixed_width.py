@@ -16,6 +16,9 @@ from ryzen_llm.decoding.cuda_graph import GraphedStep
 from ryzen_llm.kernels import Rope, shared_compilations
 from ryzen_llm.model import Transformer
 
+ROUNDS = 7
+"""How often each width is timed."""
+
 
 class Outcome(NamedTuple):
     """What a pass gives.
@@ -99,17 +102,22 @@ class FixedWidthPass:
         with shared_compilations():  # each width and batch is a graph of the same code
             return self._run(tokens, positions, cache.layers, ropes)
 
-    def measure(self, widths: Sequence[int], cache: KVCache, rounds: int = 7) -> dict[int, float]:
-        """Seconds of a pass of each width, the median of `rounds` after two that compile; adds nothing."""
+    def measure(self, widths: Sequence[int], cache: KVCache) -> dict[int, float]:
+        """Seconds of a pass of each width, the median of `ROUNDS` in turn; adds nothing to `cache`."""
+        for width in widths:
+            for _ in range(2):  # compiles
+                self._seconds(width, cache)
+        rounds = [[self._seconds(width, cache) for width in widths] for _ in range(ROUNDS)]
+        return dict(zip(widths, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+
+    def _seconds(self, width: int, cache: KVCache) -> float:
         lengths = cache.lengths
-        seconds: dict[int, list[float]] = {width: [] for width in widths}
-        for width in (*(width for width in widths for _ in range(2)), *(rounds * list(widths))):
-            tokens = torch.zeros(len(lengths), width, dtype=torch.int64, device=self.device)
-            started = time.perf_counter()
-            self(tokens, cache).logits.amax(-1).tolist()  # which waits for the device
-            seconds[width].append(time.perf_counter() - started)
-            cache.truncate(lengths)
-        return {width: statistics.median(taken[2:]) for width, taken in seconds.items()}
+        tokens = torch.zeros(len(lengths), width, dtype=torch.int64, device=self.device)
+        started = time.perf_counter()
+        self(tokens, cache).logits.amax(-1).tolist()  # which waits for the device
+        seconds = time.perf_counter() - started
+        cache.truncate(lengths)
+        return seconds
 
     def _forward(
         self,

@@ -43,9 +43,9 @@ def attention_in_query_blocks(
     """`causal_attention` with the softmax in fp32, a block of queries at a time over the keys that it sees.
 
     It skips most of the masked half, and the queries that share a key head make one larger matrix product.
-    Backward computes a block's softmax again, as in Dao et al. 2022 (arXiv:2205.14135): to write and to read
-    it takes longer, and it would be most of a step's memory. There are `blocks` of them, or fewer where they
-    would have under `SMALLEST_BLOCK` queries.
+    Backward computes a block's softmax again, as in Dao et al. 2022 (arXiv:2205.14135), which takes less time
+    than to keep it, and a third less of a step's memory (docs/kernels.md). There are `blocks` of them, or
+    fewer where they would have under `SMALLEST_BLOCK` queries.
     """
     batch, num_heads, time, head_dim = queries.shape
     num_kv_heads = keys.shape[1]

@@ -148,9 +148,10 @@ class HeadsDrafter(Drafter):
         draft.embedding = model.embedding
         self.depth = heads.config.depth
         self._run = torch.compile(draft, fullgraph=True, dynamic=False) if compile else draft
-        with torch.inference_mode(), shared_compilations():  # before anyone takes the time
-            for depth in range(1, heads.config.depth + 1) if compile else ():
-                self.draft(weight.new_zeros(config.hidden_size), int(vocabulary[0]), depth)
+        if compile:  # each depth is a graph, and compiles before anyone takes the time
+            with torch.inference_mode(), shared_compilations():
+                for depth in range(1, self.depth + 1):
+                    self.draft(weight.new_zeros(config.hidden_size), int(vocabulary[0]), depth)
 
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
         """See `Drafter.begin`."""
