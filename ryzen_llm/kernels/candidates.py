@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ryzen_llm.kernels import causal_attention_cpu, rotary_qkv_cpu
 from ryzen_llm.kernels.causal_attention import (
     SMALLEST_BLOCK,
     attention_by_pytorch,
+    attention_in_cpp,
     attention_in_query_blocks,
 )
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, geglu_by_triton, swiglu, swiglu_by_triton
+from ryzen_llm.kernels.hardware import cpu_features
 from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
 from ryzen_llm.kernels.rms_norm import (
     LARGEST_TRITON_ROW,
@@ -27,6 +30,7 @@ from ryzen_llm.kernels.rms_norm import (
     add_rms_norm_by_triton,
 )
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv, rotary_qkv_by_triton
+from ryzen_llm.kernels.rotary_qkv_cpu import rotary_qkv_in_cpp
 from ryzen_llm.kernels.workload import Workload
 
 Unsuited = Callable[[Workload], str | None]
@@ -49,6 +53,22 @@ def _no_triton(work: Workload) -> str | None:
     if work.device.type != "cuda":
         return "Triton needs a GPU"
     return None if find_spec("triton") else "Triton is not installed"
+
+
+def _in_cpp(multiple: int, is_there: Callable[[], bool]) -> Unsuited:
+    def unsuited(work: Workload) -> str | None:
+        on_cpu = work.device.type == "cpu" and cpu_features().avx512_bf16
+        if not on_cpu or work.dtype != torch.bfloat16:
+            return "for bf16 on CPUs with AVX512-BF16"
+        if work.head_dim % multiple:
+            return f"head_dim is no multiple of {multiple}"
+        return None if is_there() else "its C++ could not be compiled"
+
+    return unsuited
+
+
+def _qk_norm(work: Workload) -> str | None:
+    return "it has no QK-norm" if work.qk_norm else None
 
 
 def _row_too_long(work: Workload) -> str | None:
@@ -97,6 +117,7 @@ def _fused_loss(slab_scale: float) -> Candidate:
 CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     "attention": {
         "PyTorch's SDPA": Candidate(attention_by_pytorch),
+        "C++": Candidate(attention_in_cpp, _in_cpp(16, causal_attention_cpu.is_in_cpp)),
         "2 query blocks": _query_blocks(2),
         "4 query blocks": _query_blocks(4),
         "8 query blocks": _query_blocks(8),
@@ -117,6 +138,7 @@ CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     "rotary_qkv": {
         "written out": Candidate(rotary_qkv),
         "Triton": Candidate(rotary_qkv_by_triton, _no_triton),
+        "C++": Candidate(rotary_qkv_in_cpp, _any_of(_qk_norm, _in_cpp(32, rotary_qkv_cpu.is_in_cpp))),
     },
     "loss": {
         "all logits": Candidate(all_logits, _logits_too_large),

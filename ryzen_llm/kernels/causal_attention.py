@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ryzen_llm.kernels import causal_attention_cpu
+
 SMALLEST_BLOCK = 64
 MOST_BLOCKS = 8  # each is compiled on its own, so this bounds the compile time
 
@@ -17,8 +19,15 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, window: int 
     sees that many tokens, itself the last (Beltagy et al. 2020, arXiv:2004.05150); 0 lets it see all.
     """
     if queries.device.type == "cpu" and torch.compiler.is_compiling():
-        return attention_in_query_blocks(queries, keys, values, window)
+        return attention_in_cpp(queries, keys, values, window)
     return attention_by_pytorch(queries, keys, values, window)
+
+
+def attention_in_cpp(queries: Tensor, keys: Tensor, values: Tensor, window: int = 0) -> Tensor:
+    """`causal_attention` by `causal_attention_cpu` where it suits, else in query blocks."""
+    if causal_attention_cpu.suits(queries.dtype, queries.device, queries.shape[-1]):
+        return causal_attention_cpu.attend(queries, keys, values, window)
+    return attention_in_query_blocks(queries, keys, values, window)
 
 
 def attention_by_pytorch(queries: Tensor, keys: Tensor, values: Tensor, window: int = 0) -> Tensor:

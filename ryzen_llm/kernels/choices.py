@@ -9,9 +9,14 @@ from typing import Any
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention
+from ryzen_llm.kernels.rotary_qkv_cpu import rotary_qkv_in_cpp
 
 AUTOMATIC = "automatic"
 """The form of ops that nothing was measured for, by rules of thumb."""
+
+
+_DECIDES: dict[str, Callable[..., Any]] = {"attention": causal_attention, "rotary_qkv": rotary_qkv_in_cpp}
+"""Forms that look at what they are given, while they are traced."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class KernelChoices:
         """The form chosen for `op`; where that is automatic, `compiled` says whether the model is."""
         name = getattr(self, op)
         if name == AUTOMATIC:
-            if op == "attention":
-                return causal_attention  # decides while it is traced
+            if op in _DECIDES:
+                return _DECIDES[op]
             if op == "loss":
                 name = "fused, compiled" if compiled else "fused"
             else:

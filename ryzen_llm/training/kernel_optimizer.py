@@ -57,8 +57,8 @@ class KernelOptimizer:
         device: Where it will train; if not given, where the model is.
         seconds: After these no other form is tried. Most of it is compiling, whose results the compiler's
             own cache keeps: an op that was not finished has the rules of thumb, and the next run goes on.
-            What the compiler builds for itself when it is first used here, such as precompiled headers, is
-            not counted: training would have to wait for it too.
+            What is built when it is first used on a machine, such as forms in C++ and the compiler's own
+            precompiled headers, is not counted: training would have to wait for it too.
         cache_dir: Folder of the measurements; if not given, $RYZEN_LLM_CACHE or ~/.cache/ryzen_llm.
 
     Raises InputError for sizes below one.
@@ -133,7 +133,7 @@ class KernelOptimizer:
 
             try:
                 if self._deadline is None:
-                    _start_compiler(self.workload)
+                    _start_compilers(self.workload)
                     self._deadline = time.perf_counter() + self.seconds
                 trials = _quietly(op, self.workload, on_trial, fatal, self._deadline)
             finally:
@@ -152,7 +152,10 @@ class KernelOptimizer:
             return choice
 
 
-def _start_compiler(work: Workload) -> None:
+def _start_compilers(work: Workload) -> None:
+    for op in ops_of(work):
+        for form in CANDIDATES[op].values():
+            form.unsuited(work)  # which compiles those in C++
     if work.compiled:
         with suppress(Exception):  # the trials say why nothing can be compiled
             torch.compile(torch.neg)(torch.zeros(64, device=work.device))
@@ -202,6 +205,7 @@ def _key(op: str, work: Workload) -> dict[str, Any]:
 def _digest_of_kernels() -> str:
     """Of the package's source, so that changed kernels are measured anew."""
     digest = hashlib.sha256()
-    for file in sorted(Path(ryzen_llm.kernels.__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
+    for file in sorted(Path(ryzen_llm.kernels.__file__).parent.iterdir()):
+        if file.suffix in {".py", ".cpp", ".h"}:
+            digest.update(file.read_bytes())
     return digest.hexdigest()

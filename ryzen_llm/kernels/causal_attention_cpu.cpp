@@ -1,0 +1,415 @@
+// Causal attention of a training step in bf16, as `causal_attention_cpu.py` says: tiles of BLOCK queries by BLOCK keys, so
+// that scores never leave the cache; backward computes them again from the sums that forward kept.
+//
+// A task is a key head and the queries that share it. What the products read is copied first: rows, which multiply, as
+// they are; what is multiplied with two numbers that meet the same sum in each word, as VDPBF16PS wants them.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "tensors.h"
+
+#define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define INLINE inline __attribute__((always_inline)) WITH_BF16
+
+namespace {
+
+constexpr int64_t BLOCK = 64, LANES = 16, CHUNK = 4 * BLOCK;  // keys that a query sees between two looks at its maximum
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+
+struct Free {
+  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+};
+template <typename T>
+using Scratch = std::unique_ptr<T[], Free>;
+template <typename T>
+Scratch<T> scratch(int64_t size) {
+  return Scratch<T>(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
+}
+
+// One head's rows, `stride` numbers apart.
+struct Rows {
+  const uint16_t* data;
+  int64_t stride;
+};
+
+struct Heads {
+  const uint16_t* data;
+  int64_t batch, head, time;
+
+  explicit Heads(const Tensor& tensor)  // (batch, heads, time, head_dim)
+      : data(static_cast<const uint16_t*>(tensor.const_data_ptr())),
+        batch(tensor.stride(0)), head(tensor.stride(1)), time(tensor.stride(2)) {}
+  Rows rows(int64_t text, int64_t h) const { return {data + text * batch + h * head, time}; }
+};
+
+struct Sizes {
+  int64_t batch, heads, kv_heads, time, width, window;
+
+  int64_t blocks() const { return (time + BLOCK - 1) / BLOCK; }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t words() const { return width / 2; }
+  int64_t first_block(int64_t query) const { return window ? std::max<int64_t>(0, query - window + 1) / BLOCK : 0; }
+  // How many queries or keys a block has.
+  int64_t rows(int64_t block) const { return std::min(BLOCK, time - block * BLOCK); }
+};
+
+// `count` rows next to each other, and zeros up to a whole block.
+void copy_rows(Rows from, int64_t count, int64_t width, uint16_t* to) {
+  for (int64_t r = 0; r < count; ++r) std::memcpy(to + r * width, from.data + r * from.stride, width * sizeof *to);
+  std::memset(to + count * width, 0, (BLOCK - count) * width * sizeof *to);
+}
+
+// Of a block's rows of words: word w of each row next to each other.
+WITH_BF16 void transpose(const uint16_t* rows, int64_t words, uint32_t* to) {
+  const __m512i places = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(static_cast<int>(words)));
+  const auto* from = reinterpret_cast<const uint32_t*>(rows);
+  for (int64_t w = 0; w < words; ++w)
+    for (int64_t r = 0; r < BLOCK; r += LANES)
+      _mm512_store_si512(to + w * BLOCK + r, _mm512_i32gather_epi32(places, from + r * words + w, 4));
+}
+
+// Of a block's rows: each two of them in words, a number of the first in the low half.
+WITH_BF16 void pair(const uint16_t* rows, int64_t width, uint32_t* to) {
+  for (int64_t r = 0; r < BLOCK; r += 2)
+    for (int64_t c = 0; c < width; c += LANES) {
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(rows + r * width + c)));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(rows + (r + 1) * width + c)));
+      _mm512_store_si512(to + r / 2 * width + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+}
+
+// The words of a factor: `row` from one row to the next, `step` along the sum.
+struct Left {
+  const uint32_t* words;
+  int64_t row, step;
+};
+
+template <int ROWS, int VECTORS>
+INLINE void multiply_tile(Left left, const uint32_t* right, int64_t right_step, int64_t steps, float* to, int64_t to_row,
+                          bool add) {
+  __m512 sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v)
+      sums[r][v] = add ? _mm512_load_ps(to + r * to_row + v * LANES) : _mm512_setzero_ps();
+  for (int64_t s = 0; s < steps; ++s) {
+    __m512bh columns[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) columns[v] = (__m512bh)_mm512_load_si512(right + s * right_step + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const auto x = (__m512bh)_mm512_set1_epi32(static_cast<int>(left.words[r * left.row + s * left.step]));
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, columns[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) _mm512_store_ps(to + r * to_row + v * LANES, sums[r][v]);
+}
+
+// to (BLOCK x columns) = or += left (BLOCK x 2 steps) right (2 steps x columns).
+template <bool ADD>
+WITH_BF16 void multiply(Left left, const uint32_t* right, int64_t columns, int64_t steps, float* to, int64_t to_row) {
+  constexpr int ROWS = 4;
+  int64_t c = 0;
+  for (; c + 4 * LANES <= columns; c += 4 * LANES)
+    for (int64_t r = 0; r < BLOCK; r += ROWS)
+      multiply_tile<ROWS, 4>({left.words + r * left.row, left.row, left.step}, right + c, columns, steps,
+                             to + r * to_row + c, to_row, ADD);
+  for (; c < columns; c += LANES)
+    for (int64_t r = 0; r < BLOCK; r += ROWS)
+      multiply_tile<ROWS, 1>({left.words + r * left.row, left.row, left.step}, right + c, columns, steps,
+                             to + r * to_row + c, to_row, ADD);
+}
+
+// 2^x, to four units in the last place.
+INLINE __m512 power_of_two(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.333355e-3f);
+  for (float coefficient : {9.618129e-3f, 5.550411e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f})
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(coefficient));
+  return _mm512_scalef_ps(y, whole);
+}
+
+// The lanes from `first` on of numbers from `begin` to `end`.
+INLINE __mmask16 lanes(int64_t first, int64_t begin, int64_t end) {
+  const int64_t from = std::clamp<int64_t>(begin - first, 0, LANES), to = std::clamp<int64_t>(end - first, 0, LANES);
+  return static_cast<__mmask16>(from < to ? (1u << to) - (1u << from) : 0);
+}
+
+INLINE void store_bf16(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+// One key head's keys and values as forward reads them.
+struct Forward {
+  const Sizes& sizes;
+  Scratch<uint16_t> rows, queries, weights;
+  Scratch<uint32_t> keys, values;
+  Scratch<float> scores, context;
+  float largest[BLOCK], sum[BLOCK];
+
+  explicit Forward(const Sizes& s)
+      : sizes(s),
+        rows(scratch<uint16_t>(BLOCK * s.width)), queries(scratch<uint16_t>(BLOCK * s.width)),
+        weights(scratch<uint16_t>(BLOCK * CHUNK)), keys(scratch<uint32_t>(s.blocks() * BLOCK * s.words())),
+        values(scratch<uint32_t>(s.blocks() * BLOCK * s.words())), scores(scratch<float>(BLOCK * CHUNK)),
+        context(scratch<float>(BLOCK * s.width)) {}
+
+  void read(Rows k, Rows v) {
+    for (int64_t block = 0; block < sizes.blocks(); ++block) {
+      const int64_t first = block * BLOCK, at = first * sizes.words();
+      copy_rows({k.data + first * k.stride, k.stride}, sizes.rows(block), sizes.width, rows.get());
+      transpose(rows.get(), sizes.words(), &keys[at]);
+      copy_rows({v.data + first * v.stride, v.stride}, sizes.rows(block), sizes.width, rows.get());
+      pair(rows.get(), sizes.width, &values[at]);
+    }
+  }
+
+  // One row's scores of the keys from `first` on become weights; what it has so far is brought to the new maximum.
+  WITH_BF16 void weigh(int64_t query, int64_t first, int64_t keys_here, float scale) {
+    const int64_t r = query % BLOCK;
+    const int64_t begin = sizes.window ? query - sizes.window + 1 : 0, end = query + 1;
+    float* row = &scores[r * CHUNK];
+    __m512 most = _mm512_set1_ps(-INFINITE);
+    for (int64_t c = 0; c < keys_here; c += LANES)
+      most = _mm512_mask_max_ps(most, lanes(first + c, begin, end), most, _mm512_load_ps(row + c));
+    const float before = largest[r];
+    float now = std::max(before, _mm512_reduce_max_ps(most) * scale);
+    if (now == -INFINITE) now = 0;  // it sees none of these keys
+    const __m512 subtracted = _mm512_set1_ps(now), scaled = _mm512_set1_ps(scale);
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t c = 0; c < keys_here; c += LANES) {
+      const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(row + c), scaled, subtracted);
+      const __m512 weight = _mm512_maskz_mov_ps(lanes(first + c, begin, end), power_of_two(x));
+      total = _mm512_add_ps(total, weight);
+      store_bf16(&weights[r * CHUNK + c], weight);
+    }
+    const float kept = before == -INFINITE ? 0 : std::exp2(before - now);
+    largest[r] = now;
+    sum[r] = sum[r] * kept + _mm512_reduce_add_ps(total);
+    if (kept != 1)
+      for (int64_t c = 0; c < sizes.width; c += LANES) {
+        float* at = &context[r * sizes.width + c];
+        _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), _mm512_set1_ps(kept)));
+      }
+  }
+
+  // A block of queries; `to` and `logs` are where its results go, `to_row` is from one query to the next.
+  WITH_BF16 void attend(Rows q, int64_t block, uint16_t* to, int64_t to_row, float* logs) {
+    const int64_t first_query = block * BLOCK, count = sizes.rows(block), width = sizes.width, words = sizes.words();
+    const float scale = 1.44269504f / std::sqrt(static_cast<float>(width));
+    copy_rows({q.data + first_query * q.stride, q.stride}, count, width, queries.get());
+    std::fill_n(largest, BLOCK, -INFINITE);
+    std::fill_n(sum, BLOCK, 0.0f);
+    std::fill_n(context.get(), BLOCK * width, 0.0f);
+    const auto* query_words = reinterpret_cast<const uint32_t*>(queries.get());
+    const auto* weight_words = reinterpret_cast<const uint32_t*>(weights.get());
+    const int64_t seen = (block + 1) * BLOCK;
+    for (int64_t first = sizes.first_block(first_query) * BLOCK; first < seen; first += CHUNK) {
+      const int64_t keys_here = std::min(CHUNK, seen - first);
+      for (int64_t c = 0; c < keys_here; c += BLOCK)
+        multiply<false>({query_words, words, 1}, &keys[(first + c) * words], BLOCK, words, &scores[c], CHUNK);
+      for (int64_t r = 0; r < count; ++r) weigh(first_query + r, first, keys_here, scale);
+      multiply<true>({weight_words, CHUNK / 2, 1}, &values[first * words], width, keys_here / 2, context.get(), width);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const __m512 inverse = _mm512_set1_ps(1 / sum[r]);
+      for (int64_t c = 0; c < width; c += LANES)
+        store_bf16(to + r * to_row + c, _mm512_mul_ps(_mm512_load_ps(&context[r * width + c]), inverse));
+      logs[r] = largest[r] + std::log2(sum[r]);
+    }
+  }
+};
+
+// Gradients by one key head's keys and values, and by the queries that share it.
+struct Backward {
+  const Sizes& sizes;
+  Scratch<uint16_t> key_rows, value_rows, query_rows, upstream_rows, weights, slopes;
+  Scratch<uint32_t> key_pairs, query_columns, upstream_columns, query_pairs, upstream_pairs, slope_pairs;
+  Scratch<float> scores, products, by_query, by_key, by_value;
+  alignas(64) float logs[BLOCK], means[BLOCK];
+
+  explicit Backward(const Sizes& s)
+      : sizes(s),
+        key_rows(scratch<uint16_t>(s.blocks() * BLOCK * s.width)),
+        value_rows(scratch<uint16_t>(s.blocks() * BLOCK * s.width)), query_rows(scratch<uint16_t>(BLOCK * s.width)),
+        upstream_rows(scratch<uint16_t>(BLOCK * s.width)), weights(scratch<uint16_t>(BLOCK * BLOCK)),
+        slopes(scratch<uint16_t>(BLOCK * BLOCK)), key_pairs(scratch<uint32_t>(s.blocks() * BLOCK * s.words())),
+        query_columns(scratch<uint32_t>(BLOCK * s.words())), upstream_columns(scratch<uint32_t>(BLOCK * s.words())),
+        query_pairs(scratch<uint32_t>(BLOCK * s.words())), upstream_pairs(scratch<uint32_t>(BLOCK * s.words())),
+        slope_pairs(scratch<uint32_t>(BLOCK * BLOCK / 2)), scores(scratch<float>(BLOCK * BLOCK)),
+        products(scratch<float>(BLOCK * BLOCK)), by_query(scratch<float>(BLOCK * s.width)),
+        by_key(scratch<float>(s.blocks() * BLOCK * s.width)), by_value(scratch<float>(s.blocks() * BLOCK * s.width)) {}
+
+  void read(Rows k, Rows v) {
+    for (int64_t block = 0; block < sizes.blocks(); ++block) {
+      const int64_t first = block * BLOCK;
+      copy_rows({k.data + first * k.stride, k.stride}, sizes.rows(block), sizes.width, &key_rows[first * sizes.width]);
+      copy_rows({v.data + first * v.stride, v.stride}, sizes.rows(block), sizes.width, &value_rows[first * sizes.width]);
+      pair(&key_rows[first * sizes.width], sizes.width, &key_pairs[first * sizes.words()]);
+    }
+    std::fill_n(by_key.get(), sizes.blocks() * BLOCK * sizes.width, 0.0f);
+    std::fill_n(by_value.get(), sizes.blocks() * BLOCK * sizes.width, 0.0f);
+  }
+
+  // A row's upstream gradient times its context: the mean that the softmax's gradient takes off.
+  WITH_BF16 float mean_of(const uint16_t* upstream, const uint16_t* context) const {
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t c = 0; c < sizes.width; c += LANES)
+      total = _mm512_fmadd_ps(wide(upstream + c), wide(context + c), total);
+    return _mm512_reduce_add_ps(total);
+  }
+  INLINE static __m512 wide(const uint16_t* from) {
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+  }
+
+  // Sixteen queries' weights of a key, and the gradients by their scores.
+  INLINE void differentiate(int64_t key, int64_t first_query, int64_t c, float scale, __m512& weight, __m512& slope) {
+    const int64_t at = key % BLOCK * BLOCK + c;
+    const int64_t end = sizes.window ? key + sizes.window : sizes.blocks() * BLOCK;
+    const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(&scores[at]), _mm512_set1_ps(scale), _mm512_load_ps(logs + c));
+    weight = _mm512_maskz_mov_ps(lanes(first_query + c, key, end), power_of_two(x));
+    slope = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(&products[at]), _mm512_load_ps(means + c)));
+  }
+
+  // A block of queries; where its gradient goes is `to_row` from one query to the next.
+  WITH_BF16 void pass(Rows q, Rows upstream, Rows context, const float* kept, int64_t block, uint16_t* to, int64_t to_row) {
+    const int64_t first_query = block * BLOCK, count = sizes.rows(block), width = sizes.width, words = sizes.words();
+    const float root = 1 / std::sqrt(static_cast<float>(width)), scale = 1.44269504f * root;
+    copy_rows({q.data + first_query * q.stride, q.stride}, count, width, query_rows.get());
+    copy_rows({upstream.data + first_query * upstream.stride, upstream.stride}, count, width, upstream_rows.get());
+    transpose(query_rows.get(), words, query_columns.get());
+    transpose(upstream_rows.get(), words, upstream_columns.get());
+    pair(query_rows.get(), width, query_pairs.get());
+    pair(upstream_rows.get(), width, upstream_pairs.get());
+    for (int64_t r = 0; r < BLOCK; ++r) {
+      logs[r] = r < count ? kept[r] : INFINITE;  // behind the last query nothing has a weight
+      means[r] = r < count ? mean_of(&upstream_rows[r * width], context.data + (first_query + r) * context.stride) : 0;
+    }
+    std::fill_n(by_query.get(), BLOCK * width, 0.0f);
+    const auto* weight_words = reinterpret_cast<const uint32_t*>(weights.get());
+    const auto* slope_words = reinterpret_cast<const uint32_t*>(slopes.get());
+    for (int64_t other = sizes.first_block(first_query); other <= block; ++other) {
+      const int64_t first_key = other * BLOCK;
+      const auto* key_words = reinterpret_cast<const uint32_t*>(&key_rows[first_key * width]);
+      const auto* value_words = reinterpret_cast<const uint32_t*>(&value_rows[first_key * width]);
+      multiply<false>({key_words, words, 1}, query_columns.get(), BLOCK, words, scores.get(), BLOCK);
+      multiply<false>({value_words, words, 1}, upstream_columns.get(), BLOCK, words, products.get(), BLOCK);
+      for (int64_t r = 0; r < BLOCK; r += 2)
+        for (int64_t c = 0; c < BLOCK; c += LANES) {
+          __m512 weight, slopes_of[2];
+          for (int64_t odd : {0, 1}) {
+            differentiate(first_key + r + odd, first_query, c, scale, weight, slopes_of[odd]);
+            store_bf16(&weights[(r + odd) * BLOCK + c], weight);
+            store_bf16(&slopes[(r + odd) * BLOCK + c], slopes_of[odd]);
+          }
+          const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(slopes_of[0]));
+          const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(slopes_of[1]));
+          _mm512_store_si512(&slope_pairs[r / 2 * BLOCK + c], _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+      multiply<true>({weight_words, BLOCK / 2, 1}, upstream_pairs.get(), width, BLOCK / 2, &by_value[first_key * width], width);
+      multiply<true>({slope_words, BLOCK / 2, 1}, query_pairs.get(), width, BLOCK / 2, &by_key[first_key * width], width);
+      multiply<true>({slope_pairs.get(), 1, BLOCK}, &key_pairs[first_key * words], width, BLOCK / 2, by_query.get(), width);
+    }
+    write(by_query.get(), count, root, to, to_row);
+  }
+
+  WITH_BF16 void write(const float* from, int64_t count, float scale, uint16_t* to, int64_t to_row) const {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < sizes.width; c += LANES)
+        store_bf16(to + r * to_row + c,
+                   _mm512_mul_ps(_mm512_load_ps(from + r * sizes.width + c), _mm512_set1_ps(scale)));
+  }
+};
+
+Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
+  bool fits = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && window >= 0;
+  for (const Tensor* tensor : {&q, &k, &v})
+    fits = fits && tensor->scalar_type() == ScalarType::BFloat16 && tensor->stride(3) == 1;
+  for (int64_t i : {0, 1, 2, 3}) fits = fits && k.size(i) == v.size(i) && (i == 1 || q.size(i) == k.size(i));
+  fits = fits && q.size(3) % LANES == 0 && k.size(1) > 0 && q.size(1) % k.size(1) == 0;
+  STD_TORCH_CHECK(fits, "causal_attention needs bf16 queries (batch, heads, time, head_dim) and keys and values of a ",
+                  "divisor of the heads, head_dim a multiple of 16 and contiguous; got ", shape(q), ", ", shape(k), " and ",
+                  shape(v));
+  return {q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), window};
+}
+
+uint16_t* numbers(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
+  const Sizes s = check(q, k, v, window);
+  Tensor context = torch::stable::new_empty(q, {s.batch, s.time, s.heads, s.width});
+  Tensor logs = torch::stable::new_empty(q, {s.batch, s.heads, s.time}, ScalarType::Float);
+  uint16_t* to = numbers(context);
+  auto* to_logs = static_cast<float*>(logs.mutable_data_ptr());
+  const Heads queries(q), keys(k), values(v);
+  parallel_for(0, s.batch * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Forward work(s);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t text = i / s.kv_heads, kv = i % s.kv_heads;
+      work.read(keys.rows(text, kv), values.rows(text, kv));
+      for (int64_t h = kv * s.group(); h < (kv + 1) * s.group(); ++h)
+        for (int64_t block = 0; block < s.blocks(); ++block) {
+          const int64_t token = text * s.time + block * BLOCK;
+          work.attend(queries.rows(text, h), block, to + (token * s.heads + h) * s.width, s.heads * s.width,
+                      to_logs + (text * s.heads + h) * s.time + block * BLOCK);
+        }
+    }
+  });
+  return {context, logs};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& context, const Tensor& logs, int64_t window) {
+  const Sizes s = check(q, k, v, window);
+  const Tensor given = as(ScalarType::BFloat16, upstream), result = as(ScalarType::BFloat16, context);
+  Tensor by_q = torch::stable::new_empty(q, {s.batch, s.time, s.heads, s.width});
+  Tensor by_k = torch::stable::new_empty(q, {s.batch, s.time, s.kv_heads, s.width});
+  Tensor by_v = torch::stable::new_empty(q, {s.batch, s.time, s.kv_heads, s.width});
+  uint16_t *to_q = numbers(by_q), *to_k = numbers(by_k), *to_v = numbers(by_v);
+  const Heads queries(q), keys(k), values(v);
+  const auto* from = static_cast<const uint16_t*>(given.const_data_ptr());
+  const auto* contexts = static_cast<const uint16_t*>(result.const_data_ptr());
+  const auto* kept = static_cast<const float*>(logs.const_data_ptr());
+  parallel_for(0, s.batch * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    Backward work(s);
+    const int64_t row = s.heads * s.width, kv_row = s.kv_heads * s.width;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t text = i / s.kv_heads, kv = i % s.kv_heads;
+      work.read(keys.rows(text, kv), values.rows(text, kv));
+      for (int64_t h = kv * s.group(); h < (kv + 1) * s.group(); ++h) {
+        const int64_t head = (text * s.time * s.heads + h) * s.width;
+        for (int64_t block = 0; block < s.blocks(); ++block)
+          work.pass(queries.rows(text, h), {from + head, row}, {contexts + head, row},
+                    kept + (text * s.heads + h) * s.time + block * BLOCK, block, to_q + head + block * BLOCK * row, row);
+      }
+      const int64_t head = (text * s.time * s.kv_heads + kv) * s.width;
+      work.write(work.by_key.get(), s.time, 1 / std::sqrt(static_cast<float>(s.width)), to_k + head, kv_row);
+      work.write(work.by_value.get(), s.time, 1, to_v + head, kv_row);
+    }
+  });
+  return {by_q, by_k, by_v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
+  m.def("causal_attention(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)");
+  m.def(
+      "causal_attention_backward(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor context, Tensor logs, int window) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) {
+  m.impl("causal_attention", TORCH_BOX(&forward));
+  m.impl("causal_attention_backward", TORCH_BOX(&backward));
+}

@@ -1,0 +1,92 @@
+"""`rotary_qkv` of a training step on a CPU with AVX512-BF16, in C++, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ryzen_llm.kernels.cpp_extension import compile_beside
+from ryzen_llm.kernels.hardware import cpu_features
+from ryzen_llm.kernels.rotary_qkv import rotary_qkv
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_in_cpp() -> bool:
+    """Whether this machine can run the op; compiles it in its first call, some seconds."""
+    return cpu_features().avx512_bf16 and _is_compiled()
+
+
+def rotary_qkv_in_cpp(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    query_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of a training step in bf16 without QK-norm and with the same positions in all texts, if its
+    head_dim is a multiple of 32; else, and where this machine cannot run it, `rotary_qkv` itself.
+    """
+    trained = projected.requires_grad and torch.is_grad_enabled()
+    in_bf16 = projected.device.type == "cpu" and projected.dtype == torch.bfloat16
+    simple = q_weight is None and cos.dim() == 2 and cos.shape[-1] % 16 == 0
+    if not (trained and in_bf16 and simple and is_in_cpp()):
+        return rotary_qkv(
+            projected,
+            cos,
+            sin,
+            q_weight,
+            k_weight,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            eps=eps,
+            query_scale=query_scale,
+        )
+    q, k, v = torch.ops.ryzen_llm.rotary_qkv_cpu(projected, cos, sin, num_heads, num_kv_heads, query_scale)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+@functools.cache
+def _is_compiled() -> bool:
+    if not compile_beside(__file__, "the rotary embedding of a training step takes PyTorch's ops, slower"):
+        return False
+    torch.library.register_fake("ryzen_llm::rotary_qkv_cpu", _shapes)
+    torch.library.register_fake("ryzen_llm::rotary_qkv_cpu_backward", _gradient_shape)
+    torch.library.register_autograd("ryzen_llm::rotary_qkv_cpu", _differentiate, setup_context=_keep)
+    return True
+
+
+def _shapes(
+    projected: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, query_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, time, width = projected.shape
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    q, k, v = (
+        projected.new_empty(batch, time, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    return q, k, v
+
+
+def _gradient_shape(
+    by_q: Tensor, by_k: Tensor, by_v: Tensor, cos: Tensor, sin: Tensor, query_scale: float
+) -> Tensor:
+    batch, heads, time, head_dim = by_q.shape
+    return by_q.new_empty(batch, time, (heads + 2 * by_k.shape[1]) * head_dim)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+    ctx.query_scale = inputs[5]
+
+
+def _differentiate(ctx: Any, by_q: Tensor, by_k: Tensor, by_v: Tensor) -> tuple[Tensor | None, ...]:
+    turned = (gradient.transpose(1, 2) for gradient in (by_q, by_k, by_v))
+    by_projected = torch.ops.ryzen_llm.rotary_qkv_cpu_backward(*turned, *ctx.saved_tensors, ctx.query_scale)
+    return by_projected, None, None, None, None, None
