@@ -20,7 +20,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 64, LANES = 16, CHUNK = 4 * BLOCK;  // keys that a query sees between two looks at its maximum
+constexpr int64_t BLOCK = 64, LANES = 16, ROWS = 4;
+constexpr int64_t CHUNK = 4 * BLOCK;  // keys between two looks at a query's largest score
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
 struct Free {
@@ -92,7 +93,7 @@ struct Left {
   int64_t row, step;
 };
 
-template <int ROWS, int VECTORS>
+template <int VECTORS>
 INLINE void multiply_tile(Left left, const uint32_t* right, int64_t right_step, int64_t steps, float* to, int64_t to_row,
                           bool add) {
   __m512 sums[ROWS][VECTORS];
@@ -118,32 +119,43 @@ INLINE void multiply_tile(Left left, const uint32_t* right, int64_t right_step, 
     for (int v = 0; v < VECTORS; ++v) _mm512_store_ps(to + r * to_row + v * LANES, sums[r][v]);
 }
 
-// to (BLOCK x columns) = or += left (BLOCK x 2 steps) right (2 steps x columns).
-template <bool ADD>
-WITH_BF16 void multiply(Left left, const uint32_t* right, int64_t columns, int64_t steps, float* to, int64_t to_row) {
-  constexpr int ROWS = 4;
-  int64_t c = 0;
-  for (; c + 4 * LANES <= columns; c += 4 * LANES)
-    for (int64_t r = 0; r < BLOCK; r += ROWS)
-      multiply_tile<ROWS, 4>({left.words + r * left.row, left.row, left.step}, right + c, columns, steps,
-                             to + r * to_row + c, to_row, ADD);
-  for (; c < columns; c += LANES)
-    for (int64_t r = 0; r < BLOCK; r += ROWS)
-      multiply_tile<ROWS, 1>({left.words + r * left.row, left.row, left.step}, right + c, columns, steps,
-                             to + r * to_row + c, to_row, ADD);
+// What of a product is needed for four rows: columns, a multiple of LANES, and steps of the sum.
+struct Needed {
+  int64_t column, columns, step, steps;
+};
+
+// to (BLOCK x columns) = or += left (BLOCK x 2 steps) right (2 steps x columns), of which `needed` says how much.
+template <bool ADD, typename NeededBy>
+WITH_BF16 void multiply(Left left, const uint32_t* right, int64_t right_step, float* to, int64_t to_row,
+                        const NeededBy& needed) {
+  for (int64_t r = 0; r < BLOCK; r += ROWS) {
+    const Needed of = needed(r);
+    const Left rows{left.words + r * left.row + of.step * left.step, left.row, left.step};
+    for (int64_t c = of.column; c < of.columns;) {
+      const uint32_t* from = right + of.step * right_step + c;
+      float* at = to + r * to_row + c;
+      const int64_t vectors = std::min<int64_t>(4, (of.columns - c) / LANES), steps = of.steps - of.step;
+      if (vectors == 4) multiply_tile<4>(rows, from, right_step, steps, at, to_row, ADD);
+      else if (vectors == 3) multiply_tile<3>(rows, from, right_step, steps, at, to_row, ADD);
+      else if (vectors == 2) multiply_tile<2>(rows, from, right_step, steps, at, to_row, ADD);
+      else multiply_tile<1>(rows, from, right_step, steps, at, to_row, ADD);
+      c += vectors * LANES;
+    }
+  }
 }
 
-// 2^x, to four units in the last place.
+// 2^x, to 2^-17 of it: weights are rounded to 2^-9.
 INLINE __m512 power_of_two(__m512 x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(1.333355e-3f);
-  for (float coefficient : {9.618129e-3f, 5.550411e-2f, 2.402265e-1f, 6.931472e-1f, 1.0f})
+  __m512 y = _mm512_set1_ps(9.5701e-3f);
+  for (float coefficient : {5.591786e-2f, 2.4024745e-1f, 6.9312181e-1f, 0.99999926f})
     y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(coefficient));
   return _mm512_scalef_ps(y, whole);
 }
 
 // The lanes from `first` on of numbers from `begin` to `end`.
 INLINE __mmask16 lanes(int64_t first, int64_t begin, int64_t end) {
+  if (begin <= first && first + LANES <= end) return 0xffff;
   const int64_t from = std::clamp<int64_t>(begin - first, 0, LANES), to = std::clamp<int64_t>(end - first, 0, LANES);
   return static_cast<__mmask16>(from < to ? (1u << to) - (1u << from) : 0);
 }
@@ -179,16 +191,17 @@ struct Forward {
   WITH_BF16 void weigh(int64_t query, int64_t first, int64_t keys_here, float scale) {
     const int64_t r = query % BLOCK;
     const int64_t begin = sizes.window ? query - sizes.window + 1 : 0, end = query + 1;
-    float* row = &scores[r * CHUNK];
+    const float* row = &scores[r * CHUNK];
+    const int64_t seen = std::min(keys_here, (end - first + LANES - 1) / LANES * LANES);
     __m512 most = _mm512_set1_ps(-INFINITE);
-    for (int64_t c = 0; c < keys_here; c += LANES)
+    for (int64_t c = 0; c < seen; c += LANES)
       most = _mm512_mask_max_ps(most, lanes(first + c, begin, end), most, _mm512_load_ps(row + c));
     const float before = largest[r];
     float now = std::max(before, _mm512_reduce_max_ps(most) * scale);
     if (now == -INFINITE) now = 0;  // it sees none of these keys
     const __m512 subtracted = _mm512_set1_ps(now), scaled = _mm512_set1_ps(scale);
     __m512 total = _mm512_setzero_ps();
-    for (int64_t c = 0; c < keys_here; c += LANES) {
+    for (int64_t c = 0; c < seen; c += LANES) {
       const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(row + c), scaled, subtracted);
       const __m512 weight = _mm512_maskz_mov_ps(lanes(first + c, begin, end), power_of_two(x));
       total = _mm512_add_ps(total, weight);
@@ -217,10 +230,15 @@ struct Forward {
     const int64_t seen = (block + 1) * BLOCK;
     for (int64_t first = sizes.first_block(first_query) * BLOCK; first < seen; first += CHUNK) {
       const int64_t keys_here = std::min(CHUNK, seen - first);
+      // Of the rows from r on, for the last of which only keys up to its own place matter.
+      const auto visible = [&](int64_t r) { return std::min(keys_here, first_query + r + ROWS - first); };
       for (int64_t c = 0; c < keys_here; c += BLOCK)
-        multiply<false>({query_words, words, 1}, &keys[(first + c) * words], BLOCK, words, &scores[c], CHUNK);
+        multiply<false>({query_words, words, 1}, &keys[(first + c) * words], BLOCK, &scores[c], CHUNK, [&](int64_t r) {
+          return Needed{0, std::min(BLOCK, (visible(r) - c + LANES - 1) / LANES * LANES), 0, words};
+        });
       for (int64_t r = 0; r < count; ++r) weigh(first_query + r, first, keys_here, scale);
-      multiply<true>({weight_words, CHUNK / 2, 1}, &values[first * words], width, keys_here / 2, context.get(), width);
+      multiply<true>({weight_words, CHUNK / 2, 1}, &values[first * words], width, context.get(), width,
+                     [&](int64_t r) { return Needed{0, width, 0, visible(r) / 2}; });
     }
     for (int64_t r = 0; r < count; ++r) {
       const __m512 inverse = _mm512_set1_ps(1 / sum[r]);
@@ -273,13 +291,30 @@ struct Backward {
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
   }
 
-  // Sixteen queries' weights of a key, and the gradients by their scores.
-  INLINE void differentiate(int64_t key, int64_t first_query, int64_t c, float scale, __m512& weight, __m512& slope) {
-    const int64_t at = key % BLOCK * BLOCK + c;
-    const int64_t end = sizes.window ? key + sizes.window : sizes.blocks() * BLOCK;
-    const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(&scores[at]), _mm512_set1_ps(scale), _mm512_load_ps(logs + c));
-    weight = _mm512_maskz_mov_ps(lanes(first_query + c, key, end), power_of_two(x));
-    slope = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_load_ps(&products[at]), _mm512_load_ps(means + c)));
+  // Sixteen queries' weights of two keys, and the gradients by their scores.
+  INLINE void differentiate(int64_t key, int64_t first_query, int64_t c, float scale) {
+    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const int64_t r = key % BLOCK, at = r * BLOCK + c;
+    __m512 weight[2], slope[2];
+#pragma GCC unroll 2
+    for (int64_t odd = 0; odd < 2; ++odd) {
+      const int64_t from = at + odd * BLOCK;
+      const int64_t end = sizes.window ? std::min(sizes.time, key + odd + sizes.window) : sizes.time;
+      const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(&scores[from]), _mm512_set1_ps(scale), _mm512_load_ps(logs + c));
+      const __m512 less = _mm512_sub_ps(_mm512_load_ps(&products[from]), _mm512_load_ps(means + c));
+      const __mmask16 seen = lanes(first_query + c, key + odd, end);
+      weight[odd] = _mm512_maskz_mov_ps(seen, power_of_two(x));
+      slope[odd] = _mm512_maskz_mul_ps(seen, weight[odd], less);
+    }
+    store_both(&weights[at], (__m512i)_mm512_cvtne2ps_pbh(weight[1], weight[0]));
+    const auto slopes_of = (__m512i)_mm512_cvtne2ps_pbh(slope[1], slope[0]);
+    store_both(&slopes[at], slopes_of);
+    _mm512_store_si512(&slope_pairs[r / 2 * BLOCK + c], _mm512_permutexvar_epi16(turns, slopes_of));
+  }
+  INLINE static void store_both(uint16_t* to, __m512i rows) {
+    _mm256_store_si256((__m256i*)to, _mm512_castsi512_si256(rows));
+    _mm256_store_si256((__m256i*)(to + BLOCK), _mm512_extracti64x4_epi64(rows, 1));
   }
 
   // A block of queries; where its gradient goes is `to_row` from one query to the next.
@@ -293,7 +328,7 @@ struct Backward {
     pair(query_rows.get(), width, query_pairs.get());
     pair(upstream_rows.get(), width, upstream_pairs.get());
     for (int64_t r = 0; r < BLOCK; ++r) {
-      logs[r] = r < count ? kept[r] : INFINITE;  // behind the last query nothing has a weight
+      logs[r] = r < count ? kept[r] : 0;
       means[r] = r < count ? mean_of(&upstream_rows[r * width], context.data + (first_query + r) * context.stride) : 0;
     }
     std::fill_n(by_query.get(), BLOCK * width, 0.0f);
@@ -303,23 +338,18 @@ struct Backward {
       const int64_t first_key = other * BLOCK;
       const auto* key_words = reinterpret_cast<const uint32_t*>(&key_rows[first_key * width]);
       const auto* value_words = reinterpret_cast<const uint32_t*>(&value_rows[first_key * width]);
-      multiply<false>({key_words, words, 1}, query_columns.get(), BLOCK, words, scores.get(), BLOCK);
-      multiply<false>({value_words, words, 1}, upstream_columns.get(), BLOCK, words, products.get(), BLOCK);
+      // Of the same block, a key matters to the queries from its own place on.
+      const bool same = other == block;
+      const auto columns = [&](int64_t r) { return Needed{same ? r / LANES * LANES : 0, BLOCK, 0, words}; };
+      const auto later = [&](int64_t r) { return Needed{0, width, same ? r / 2 : 0, BLOCK / 2}; };
+      const auto earlier = [&](int64_t r) { return Needed{0, width, 0, same ? (r + ROWS) / 2 : BLOCK / 2}; };
+      multiply<false>({key_words, words, 1}, query_columns.get(), BLOCK, scores.get(), BLOCK, columns);
+      multiply<false>({value_words, words, 1}, upstream_columns.get(), BLOCK, products.get(), BLOCK, columns);
       for (int64_t r = 0; r < BLOCK; r += 2)
-        for (int64_t c = 0; c < BLOCK; c += LANES) {
-          __m512 weight, slopes_of[2];
-          for (int64_t odd : {0, 1}) {
-            differentiate(first_key + r + odd, first_query, c, scale, weight, slopes_of[odd]);
-            store_bf16(&weights[(r + odd) * BLOCK + c], weight);
-            store_bf16(&slopes[(r + odd) * BLOCK + c], slopes_of[odd]);
-          }
-          const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(slopes_of[0]));
-          const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(slopes_of[1]));
-          _mm512_store_si512(&slope_pairs[r / 2 * BLOCK + c], _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-      multiply<true>({weight_words, BLOCK / 2, 1}, upstream_pairs.get(), width, BLOCK / 2, &by_value[first_key * width], width);
-      multiply<true>({slope_words, BLOCK / 2, 1}, query_pairs.get(), width, BLOCK / 2, &by_key[first_key * width], width);
-      multiply<true>({slope_pairs.get(), 1, BLOCK}, &key_pairs[first_key * words], width, BLOCK / 2, by_query.get(), width);
+        for (int64_t c = columns(r).column; c < BLOCK; c += LANES) differentiate(first_key + r, first_query, c, scale);
+      multiply<true>({weight_words, BLOCK / 2, 1}, upstream_pairs.get(), width, &by_value[first_key * width], width, later);
+      multiply<true>({slope_words, BLOCK / 2, 1}, query_pairs.get(), width, &by_key[first_key * width], width, later);
+      multiply<true>({slope_pairs.get(), 1, BLOCK}, &key_pairs[first_key * words], width, by_query.get(), width, earlier);
     }
     write(by_query.get(), count, root, to, to_row);
   }
