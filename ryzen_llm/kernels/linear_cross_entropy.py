@@ -26,6 +26,7 @@ Reduction = Literal["mean", "sum", "none"]
 GPU_SLAB_BYTES = 256 * 2**20
 """Enough rows to fill a GPU at any vocabulary, and small beside the activations of a batch."""
 
+_SUMMED_ROWS = 512
 _SOFTMAX_ROWS = 64
 """Rows whose softmax PyTorch makes at once: in fp32 they stay in a CPU's cache."""
 
@@ -238,7 +239,10 @@ def _in_chunks(
         )
         if dw is not None:
             torch.mm(logits, head, out=dx[part])
-            dw += logits.T @ x[part]
+            product = logits.T @ x[part]
+            # By parts: of another dtype, each is first made one of this dtype, which thus stays in a cache.
+            for sums, terms in zip(dw.split(_SUMMED_ROWS), product.split(_SUMMED_ROWS), strict=True):
+                sums += terms
     return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 
