@@ -35,12 +35,16 @@ ARMS = {
     "no measured kernels": "ours without KernelOptimizer, its kernels chosen by rules of thumb",
     "no fused loss": "ours with all logits at once, compiled",
     "checkpointing": "ours with activation checkpointing",
+    "document masking": "ours, and no token sees another document",
     "transformers": "LlamaForCausalLM, bf16 autocast, compiled, fused AdamW",
     "transformers eager": "LlamaForCausalLM, eager fp32, PyTorch's default AdamW",
     "litgpt": "litgpt.GPT, bf16 autocast, compiled, fused AdamW",
     "litgpt eager": "litgpt.GPT, eager fp32, PyTorch's default AdamW",
 }
 LEARNING_RATE = 1e-4
+SEPARATOR = 0
+DOCUMENT = 200
+"""Tokens from one separator to the next, in the batch of all arms."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(input_ids, targets), both (batch, context) int64 -> mean cross-entropy."""
@@ -69,6 +73,7 @@ def main(arguments: list[str]) -> None:
     config = ModelConfig.from_name(options.model)
     torch.manual_seed(0)
     batch = torch.randint(config.vocab_size, (options.batch, options.context + 1), device=device)
+    batch[:, DOCUMENT - 1 :: DOCUMENT] = SEPARATOR
 
     builders, absent = _builders(config, device, (options.batch, options.context))
     if options.only is not None:
@@ -170,10 +175,11 @@ def _builders(
         fused: bool = True,
         measured: bool = True,
         checkpointing: bool = False,
+        separator: int | None = None,
         **kernels: str,
     ) -> Built:
         model = Transformer(config).to(device)
-        model.checkpoint_activations = checkpointing
+        model.checkpoint_activations, model.document_separator = checkpointing, separator
         if measured:
             KernelOptimizer(model, *shape, bf16=autocast, compile=regional).optimize()
         model.use_kernels(dataclasses.replace(model.kernels, **kernels))
@@ -202,6 +208,7 @@ def _builders(
         "no measured kernels": lambda: ours(measured=False),
         "no fused loss": lambda: ours(loss="all logits, compiled"),
         "checkpointing": lambda: ours(checkpointing=True),
+        "document masking": lambda: ours(separator=SEPARATOR),
     }
     if bf16:
         builders["no bf16"] = lambda: ours(autocast=False)

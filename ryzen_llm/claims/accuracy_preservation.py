@@ -50,9 +50,11 @@ def _twin(context: ClaimContext, recipe: Literal["naive", "ours"]) -> Transforme
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ours = Transformer(config, context.model.kernels)
+        ours.document_separator = context.model.document_separator
         if recipe == "ours":
             return ours
         naive = Transformer(dataclasses.replace(config, embedding="dense", embedding_settings={}), PLAIN)
+        naive.document_separator = ours.document_separator
     blocks = {n: x for n, x in ours.state_dict().items() if not n.startswith("embedding.")}
     naive.load_state_dict(ours.state_dict() if config.embedding == "dense" else naive.state_dict() | blocks)
     return naive
@@ -83,6 +85,7 @@ def _losses(context: ClaimContext, recipe: Literal["naive", "ours"]) -> list[flo
             schedule.step()
     plain = Transformer(model.config, PLAIN).to(device).eval()  # each is judged in eager fp32
     plain.load_state_dict(model.state_dict())
+    plain.document_separator = model.document_separator
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         return [
             float(plain.loss(ids[:, :-1], ids[:, 1:])[0])

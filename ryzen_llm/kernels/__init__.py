@@ -8,7 +8,7 @@ from ryzen_llm.kernels.cached_attention_cpu import (
     is_in_cpp,
 )
 from ryzen_llm.kernels.candidates import CANDIDATES
-from ryzen_llm.kernels.causal_attention import causal_attention, visible
+from ryzen_llm.kernels.causal_attention import causal_attention, document_starts, visible
 from ryzen_llm.kernels.choices import AUTOMATIC, PLAIN, KernelChoices
 from ryzen_llm.kernels.chunked_cross_entropy import chunked_cross_entropy
 from ryzen_llm.kernels.compilation import shared_compilations
@@ -64,6 +64,7 @@ __all__ = [
     "cpu_features",
     "cross_entropy",
     "describe_device",
+    "document_starts",
     "geglu",
     "hadamard",
     "is_in_cpp",

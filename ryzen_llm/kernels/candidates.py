@@ -146,7 +146,7 @@ CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
         "fused, compiled": _fused_loss(1.0),
         "fused, compiled, half the slab": _fused_loss(0.5),
         "fused, compiled, twice the slab": _fused_loss(2.0),
-        # Last: it has to be clearly faster, for it takes more memory, and with that more time than it shows alone.
+        # Last, to be taken where it is clearly faster only: its memory costs a step more than it shows alone.
         "all logits, compiled": Candidate(_all_logits_compiled, _any_of(_not_compiled, _logits_too_large)),
     },
 }

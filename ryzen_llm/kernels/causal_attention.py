@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from ryzen_llm.kernels import causal_attention_cpu
@@ -11,43 +12,89 @@ SMALLEST_BLOCK = 64
 MOST_BLOCKS = 8  # each is compiled on its own, so this bounds the compile time
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, window: int = 0) -> Tensor:
+def causal_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int = 0, starts: Tensor | None = None
+) -> Tensor:
     """softmax(Q Kᵀ / sqrt(head_dim) + causal mask) V, every heads / kv_heads queries sharing one key head.
 
     `queries` is (batch, heads, time, head_dim), `keys` and `values` (batch, kv_heads, time, head_dim); the
     result is shaped like `queries` (Ainslie et al. 2023, arXiv:2305.13245). With a `window`, each position
-    sees that many tokens, itself the last (Beltagy et al. 2020, arXiv:2004.05150); 0 lets it see all.
+    sees that many tokens, itself the last (Beltagy et al. 2020, arXiv:2004.05150); 0 lets it see all. With
+    `starts`, as `document_starts` gives them, it sees none before its document's first.
     """
     if queries.device.type == "cpu" and torch.compiler.is_compiling():
-        return attention_in_cpp(queries, keys, values, window)
-    return attention_by_pytorch(queries, keys, values, window)
+        return attention_in_cpp(queries, keys, values, window, starts)
+    return attention_by_pytorch(queries, keys, values, window, starts)
 
 
-def attention_in_cpp(queries: Tensor, keys: Tensor, values: Tensor, window: int = 0) -> Tensor:
+def attention_in_cpp(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int = 0, starts: Tensor | None = None
+) -> Tensor:
     """`causal_attention` by `causal_attention_cpu` where it suits, else in query blocks."""
     if causal_attention_cpu.suits(queries.dtype, queries.device, queries.shape[-1]):
-        return causal_attention_cpu.attend(queries, keys, values, window)
-    return attention_in_query_blocks(queries, keys, values, window)
+        return causal_attention_cpu.attend(queries, keys, values, window, starts)
+    return attention_in_query_blocks(queries, keys, values, window, starts)
 
 
-def attention_by_pytorch(queries: Tensor, keys: Tensor, values: Tensor, window: int = 0) -> Tensor:
-    """`causal_attention` by PyTorch's fused kernel; a window goes into its mask."""
+def attention_by_pytorch(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int = 0, starts: Tensor | None = None
+) -> Tensor:
+    """`causal_attention` by PyTorch's fused kernel; a window goes into its mask.
+
+    Documents do, too, or on a GPU, where blocks are compiled, FlexAttention skips what none of a block sees.
+    """
     time = queries.shape[2]
-    if not 0 < window < time:
+    if starts is not None and queries.device.type == "cuda" and torch.compiler.is_compiling():
+        return attention_by_flex(queries, keys, values, window, starts)
+    if starts is None and not 0 < window < time:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
     positions = torch.arange(time, device=queries.device)
-    mask = visible(positions, positions, window)
+    mask = visible(positions, positions, window, starts)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
 
 
-def visible(query_positions: Tensor, key_positions: Tensor, window: int = 0) -> Tensor:
-    """Which keys each query sees, (queries, keys) bool: those up to it, and with a `window` its last ones."""
+def attention_by_flex(queries: Tensor, keys: Tensor, values: Tensor, window: int, starts: Tensor) -> Tensor:
+    """`causal_attention` by PyTorch's FlexAttention (Dong et al. 2024, arXiv:2412.05496)."""
+
+    def sees(text: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = (key <= query) & (key >= starts[text, query])
+        return seen & (query - key < window) if window else seen
+
+    batch, _, time, _ = queries.shape
+    mask = create_block_mask(sees, batch, None, time, time, device=queries.device)
+    context: Tensor = flex_attention(queries, keys, values, block_mask=mask, enable_gqa=True)
+    return context
+
+
+def document_starts(input_ids: Tensor, separator: int) -> Tensor:
+    """Where each token's document begins: (batch, time) int64, as `input_ids`.
+
+    A document ends with a `separator`, and the first one of a row may have begun before it.
+    """
+    ended = F.pad(input_ids[:, :-1] == separator, (1, 0))
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return torch.where(ended, positions, 0).cummax(dim=1).values
+
+
+def visible(
+    query_positions: Tensor, key_positions: Tensor, window: int = 0, starts: Tensor | None = None
+) -> Tensor:
+    """Which keys each query sees, (queries, keys) bool: those up to it, and with a `window` its last ones.
+
+    With the queries' `starts`, (batch, queries), also none before these: (batch, 1, queries, keys).
+    """
     distances = query_positions[:, None] - key_positions
-    return (distances >= 0) & (distances < window) if window else distances >= 0
+    seen = (distances >= 0) & (distances < window) if window else distances >= 0
+    return seen if starts is None else seen & (key_positions >= starts[:, None, :, None])
 
 
 def attention_in_query_blocks(
-    queries: Tensor, keys: Tensor, values: Tensor, window: int = 0, blocks: int = MOST_BLOCKS
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int = 0,
+    starts: Tensor | None = None,
+    blocks: int = MOST_BLOCKS,
 ) -> Tensor:
     """`causal_attention` with the softmax in fp32, a block of queries at a time over the keys that it sees.
 
@@ -65,12 +112,13 @@ def attention_in_query_blocks(
     for start in range(0, time, block):
         end = min(start + block, time)
         first = max(0, start - window + 1) if window else 0
+        begun = None if starts is None else starts[:, start:end]
         context = checkpoint(
             _attend,
             queries[..., start:end, :].flatten(2, 3),
             keys[:, :, first:end],
             values[:, :, first:end],
-            visible(positions[start:end], positions[first:end], window),
+            visible(positions[start:end], positions[first:end], window, begun),
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -79,8 +127,9 @@ def attention_in_query_blocks(
 
 
 def _attend(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Of rows (batch, kv_heads, heads / kv_heads * queries, head_dim); `mask` is (queries, keys) bool."""
+    """Of rows (batch, kv_heads, heads / kv_heads * queries, head_dim), with a mask from `visible`."""
     scores = (rows @ keys.mT).float() * rows.shape[-1] ** -0.5
-    scores = scores.unflatten(2, (-1, len(mask))).masked_fill(~mask, -torch.inf)
+    scores = scores.unflatten(2, (-1, mask.shape[-2]))
+    scores = scores.masked_fill(~(mask if mask.dim() == 2 else mask[:, None]), -torch.inf)
     context: Tensor = scores.softmax(-1).to(values.dtype).flatten(2, 3) @ values
     return context

@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "tensors.h"
 
@@ -52,11 +53,22 @@ struct Heads {
 
 struct Sizes {
   int64_t batch, heads, kv_heads, time, width, window;
+  const int64_t* starts;  // (batch, time), or null
 
+  // The first key that a query sees.
+  int64_t begin(int64_t text, int64_t query) const {
+    const int64_t by_window = window ? std::max<int64_t>(0, query - window + 1) : 0;
+    return starts ? std::max(by_window, starts[text * time + query]) : by_window;
+  }
+  // The block of the first key that a block's queries see.
+  int64_t first_block(int64_t text, int64_t block) const {
+    int64_t first = block * BLOCK;
+    for (int64_t r = 0; r < rows(block); ++r) first = std::min(first, begin(text, block * BLOCK + r));
+    return first / BLOCK;
+  }
   int64_t blocks() const { return (time + BLOCK - 1) / BLOCK; }
   int64_t group() const { return heads / kv_heads; }
   int64_t words() const { return width / 2; }
-  int64_t first_block(int64_t query) const { return window ? std::max<int64_t>(0, query - window + 1) / BLOCK : 0; }
   // How many queries or keys a block has.
   int64_t rows(int64_t block) const { return std::min(BLOCK, time - block * BLOCK); }
 };
@@ -188,17 +200,19 @@ struct Forward {
   }
 
   // One row's scores of the keys from `first` on become weights; what it has so far is brought to the new maximum.
-  WITH_BF16 void weigh(int64_t query, int64_t first, int64_t keys_here, float scale) {
-    const int64_t r = query % BLOCK;
-    const int64_t begin = sizes.window ? query - sizes.window + 1 : 0, end = query + 1;
+  WITH_BF16 void weigh(int64_t query, int64_t begin, int64_t first, int64_t keys_here, float scale) {
+    const int64_t r = query % BLOCK, end = query + 1;
     const float* row = &scores[r * CHUNK];
     const int64_t seen = std::min(keys_here, (end - first + LANES - 1) / LANES * LANES);
     __m512 most = _mm512_set1_ps(-INFINITE);
     for (int64_t c = 0; c < seen; c += LANES)
       most = _mm512_mask_max_ps(most, lanes(first + c, begin, end), most, _mm512_load_ps(row + c));
     const float before = largest[r];
-    float now = std::max(before, _mm512_reduce_max_ps(most) * scale);
-    if (now == -INFINITE) now = 0;  // it sees none of these keys
+    const float now = std::max(before, _mm512_reduce_max_ps(most) * scale);
+    if (now == -INFINITE) {  // it sees none of these keys, and has seen none
+      std::fill_n(&weights[r * CHUNK], seen, uint16_t{0});
+      return;
+    }
     const __m512 subtracted = _mm512_set1_ps(now), scaled = _mm512_set1_ps(scale);
     __m512 total = _mm512_setzero_ps();
     for (int64_t c = 0; c < seen; c += LANES) {
@@ -218,7 +232,7 @@ struct Forward {
   }
 
   // A block of queries; `to` and `logs` are where its results go, `to_row` is from one query to the next.
-  WITH_BF16 void attend(Rows q, int64_t block, uint16_t* to, int64_t to_row, float* logs) {
+  WITH_BF16 void attend(Rows q, int64_t text, int64_t block, uint16_t* to, int64_t to_row, float* logs) {
     const int64_t first_query = block * BLOCK, count = sizes.rows(block), width = sizes.width, words = sizes.words();
     const float scale = 1.44269504f / std::sqrt(static_cast<float>(width));
     copy_rows({q.data + first_query * q.stride, q.stride}, count, width, queries.get());
@@ -228,7 +242,7 @@ struct Forward {
     const auto* query_words = reinterpret_cast<const uint32_t*>(queries.get());
     const auto* weight_words = reinterpret_cast<const uint32_t*>(weights.get());
     const int64_t seen = (block + 1) * BLOCK;
-    for (int64_t first = sizes.first_block(first_query) * BLOCK; first < seen; first += CHUNK) {
+    for (int64_t first = sizes.first_block(text, block) * BLOCK; first < seen; first += CHUNK) {
       const int64_t keys_here = std::min(CHUNK, seen - first);
       // Of the rows from r on, for the last of which only keys up to its own place matter.
       const auto visible = [&](int64_t r) { return std::min(keys_here, first_query + r + ROWS - first); };
@@ -236,7 +250,8 @@ struct Forward {
         multiply<false>({query_words, words, 1}, &keys[(first + c) * words], BLOCK, &scores[c], CHUNK, [&](int64_t r) {
           return Needed{0, std::min(BLOCK, (visible(r) - c + LANES - 1) / LANES * LANES), 0, words};
         });
-      for (int64_t r = 0; r < count; ++r) weigh(first_query + r, first, keys_here, scale);
+      for (int64_t r = 0; r < count; ++r)
+        weigh(first_query + r, sizes.begin(text, first_query + r), first, keys_here, scale);
       multiply<true>({weight_words, CHUNK / 2, 1}, &values[first * words], width, context.get(), width,
                      [&](int64_t r) { return Needed{0, width, 0, visible(r) / 2}; });
     }
@@ -256,6 +271,7 @@ struct Backward {
   Scratch<uint32_t> key_pairs, query_columns, upstream_columns, query_pairs, upstream_pairs, slope_pairs;
   Scratch<float> scores, products, by_query, by_key, by_value;
   alignas(64) float logs[BLOCK], means[BLOCK];
+  alignas(64) int32_t begins[BLOCK];
 
   explicit Backward(const Sizes& s)
       : sizes(s),
@@ -300,10 +316,11 @@ struct Backward {
 #pragma GCC unroll 2
     for (int64_t odd = 0; odd < 2; ++odd) {
       const int64_t from = at + odd * BLOCK;
-      const int64_t end = sizes.window ? std::min(sizes.time, key + odd + sizes.window) : sizes.time;
       const __m512 x = _mm512_fmsub_ps(_mm512_load_ps(&scores[from]), _mm512_set1_ps(scale), _mm512_load_ps(logs + c));
       const __m512 less = _mm512_sub_ps(_mm512_load_ps(&products[from]), _mm512_load_ps(means + c));
-      const __mmask16 seen = lanes(first_query + c, key + odd, end);
+      const __mmask16 seen = _mm512_mask_cmple_epi32_mask(lanes(first_query + c, key + odd, sizes.time),
+                                                          _mm512_load_si512(begins + c),
+                                                          _mm512_set1_epi32(static_cast<int>(key + odd)));
       weight[odd] = _mm512_maskz_mov_ps(seen, power_of_two(x));
       slope[odd] = _mm512_maskz_mul_ps(seen, weight[odd], less);
     }
@@ -318,7 +335,8 @@ struct Backward {
   }
 
   // A block of queries; where its gradient goes is `to_row` from one query to the next.
-  WITH_BF16 void pass(Rows q, Rows upstream, Rows context, const float* kept, int64_t block, uint16_t* to, int64_t to_row) {
+  WITH_BF16 void pass(Rows q, Rows upstream, Rows context, const float* kept, int64_t text, int64_t block, uint16_t* to,
+                      int64_t to_row) {
     const int64_t first_query = block * BLOCK, count = sizes.rows(block), width = sizes.width, words = sizes.words();
     const float root = 1 / std::sqrt(static_cast<float>(width)), scale = 1.44269504f * root;
     copy_rows({q.data + first_query * q.stride, q.stride}, count, width, query_rows.get());
@@ -329,12 +347,13 @@ struct Backward {
     pair(upstream_rows.get(), width, upstream_pairs.get());
     for (int64_t r = 0; r < BLOCK; ++r) {
       logs[r] = r < count ? kept[r] : 0;
+      begins[r] = r < count ? static_cast<int32_t>(sizes.begin(text, first_query + r)) : 0;
       means[r] = r < count ? mean_of(&upstream_rows[r * width], context.data + (first_query + r) * context.stride) : 0;
     }
     std::fill_n(by_query.get(), BLOCK * width, 0.0f);
     const auto* weight_words = reinterpret_cast<const uint32_t*>(weights.get());
     const auto* slope_words = reinterpret_cast<const uint32_t*>(slopes.get());
-    for (int64_t other = sizes.first_block(first_query); other <= block; ++other) {
+    for (int64_t other = sizes.first_block(text, block); other <= block; ++other) {
       const int64_t first_key = other * BLOCK;
       const auto* key_words = reinterpret_cast<const uint32_t*>(&key_rows[first_key * width]);
       const auto* value_words = reinterpret_cast<const uint32_t*>(&value_rows[first_key * width]);
@@ -362,7 +381,7 @@ struct Backward {
   }
 };
 
-Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
+Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& starts, int64_t window) {
   bool fits = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && window >= 0;
   for (const Tensor* tensor : {&q, &k, &v})
     fits = fits && tensor->scalar_type() == ScalarType::BFloat16 && tensor->stride(3) == 1;
@@ -371,13 +390,17 @@ Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
   STD_TORCH_CHECK(fits, "causal_attention needs bf16 queries (batch, heads, time, head_dim) and keys and values of a ",
                   "divisor of the heads, head_dim a multiple of 16 and contiguous; got ", shape(q), ", ", shape(k), " and ",
                   shape(v));
-  return {q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), window};
+  STD_TORCH_CHECK(!starts || (starts->dim() == 2 && starts->size(0) == q.size(0) && starts->size(1) == q.size(2) &&
+                              starts->scalar_type() == ScalarType::Long && starts->is_contiguous()),
+                  "causal_attention needs int64 starts (batch, time), contiguous; got ", starts ? shape(*starts) : "");
+  return {q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), window, starts ? starts->const_data_ptr<int64_t>() : nullptr};
 }
 
 uint16_t* numbers(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
-  const Sizes s = check(q, k, v, window);
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const std::optional<Tensor>& starts, int64_t window) {
+  const Sizes s = check(q, k, v, starts, window);
   Tensor context = torch::stable::new_empty(q, {s.batch, s.time, s.heads, s.width});
   Tensor logs = torch::stable::new_empty(q, {s.batch, s.heads, s.time}, ScalarType::Float);
   uint16_t* to = numbers(context);
@@ -391,7 +414,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
       for (int64_t h = kv * s.group(); h < (kv + 1) * s.group(); ++h)
         for (int64_t block = 0; block < s.blocks(); ++block) {
           const int64_t token = text * s.time + block * BLOCK;
-          work.attend(queries.rows(text, h), block, to + (token * s.heads + h) * s.width, s.heads * s.width,
+          work.attend(queries.rows(text, h), text, block, to + (token * s.heads + h) * s.width, s.heads * s.width,
                       to_logs + (text * s.heads + h) * s.time + block * BLOCK);
         }
     }
@@ -400,8 +423,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& context, const Tensor& logs, int64_t window) {
-  const Sizes s = check(q, k, v, window);
+                                            const std::optional<Tensor>& starts, const Tensor& context,
+                                            const Tensor& logs, int64_t window) {
+  const Sizes s = check(q, k, v, starts, window);
   const Tensor given = as(ScalarType::BFloat16, upstream), result = as(ScalarType::BFloat16, context);
   Tensor by_q = torch::stable::new_empty(q, {s.batch, s.time, s.heads, s.width});
   Tensor by_k = torch::stable::new_empty(q, {s.batch, s.time, s.kv_heads, s.width});
@@ -421,7 +445,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor
         const int64_t head = (text * s.time * s.heads + h) * s.width;
         for (int64_t block = 0; block < s.blocks(); ++block)
           work.pass(queries.rows(text, h), {from + head, row}, {contexts + head, row},
-                    kept + (text * s.heads + h) * s.time + block * BLOCK, block, to_q + head + block * BLOCK * row, row);
+                    kept + (text * s.heads + h) * s.time + block * BLOCK, text, block, to_q + head + block * BLOCK * row, row);
       }
       const int64_t head = (text * s.time * s.kv_heads + kv) * s.width;
       work.write(work.by_key.get(), s.time, 1 / std::sqrt(static_cast<float>(s.width)), to_k + head, kv_row);
@@ -434,10 +458,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
-  m.def("causal_attention(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)");
+  m.def("causal_attention(Tensor q, Tensor k, Tensor v, Tensor? starts, int window) -> (Tensor, Tensor)");
   m.def(
-      "causal_attention_backward(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor context, Tensor logs, int window) "
-      "-> (Tensor, Tensor, Tensor)");
+      "causal_attention_backward(Tensor upstream, Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor context, "
+      "Tensor logs, int window) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) {
   m.impl("causal_attention", TORCH_BOX(&forward));

@@ -27,13 +27,15 @@ def is_in_cpp() -> bool:
     return cpu_features().avx512_bf16 and _is_compiled()
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, window: int = 0) -> Tensor:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int = 0, starts: Tensor | None = None
+) -> Tensor:
     """`causal_attention` of what `suits`, sums and softmax in fp32; a weight is rounded to bf16 before it is
     divided by their sum. It can be differentiated once.
 
     Raises RuntimeError for another dtype, or a head_dim that is not a multiple of 16.
     """
-    context: Tensor = torch.ops.ryzen_llm.causal_attention(queries, keys, values, window)[0]
+    context: Tensor = torch.ops.ryzen_llm.causal_attention(queries, keys, values, starts, window)[0]
     return context.transpose(1, 2)
 
 
@@ -47,24 +49,31 @@ def _is_compiled() -> bool:
     return True
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def _shapes(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
     batch, heads, time, width = q.shape
     return q.new_empty(batch, time, heads, width), q.new_empty(batch, heads, time, dtype=torch.float32)
 
 
 def _gradient_shapes(
-    upstream: Tensor, q: Tensor, k: Tensor, v: Tensor, context: Tensor, logs: Tensor, window: int
+    upstream: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor | None,
+    context: Tensor,
+    logs: Tensor,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     by_q, by_k, by_v = (x.new_empty(x.transpose(1, 2).shape) for x in (q, k, v))
     return by_q, by_k, by_v
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.window = inputs[3]
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.window = inputs[4]
 
 
 def _differentiate(ctx: Any, by_context: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     gradients = torch.ops.ryzen_llm.causal_attention_backward(by_context, *saved, ctx.window)
-    return *(gradient.transpose(1, 2) for gradient in gradients), None
+    return *(gradient.transpose(1, 2) for gradient in gradients), None, None

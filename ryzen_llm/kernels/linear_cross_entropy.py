@@ -241,8 +241,8 @@ def _in_chunks(
             torch.mm(logits, head, out=dx[part])
             product = logits.T @ x[part]
             # By parts: of another dtype, each is first made one of this dtype, which thus stays in a cache.
-            for sums, terms in zip(dw.split(_SUMMED_ROWS), product.split(_SUMMED_ROWS), strict=True):
-                sums += terms
+            for first in range(0, vocab, _SUMMED_ROWS):
+                dw[first : first + _SUMMED_ROWS] += product[first : first + _SUMMED_ROWS]
     return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ryzen_llm.cache import KVCache, LayerCache
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import KernelChoices, Rope, Workload, rotary_table
+from ryzen_llm.kernels import KernelChoices, Rope, Workload, document_starts, rotary_table
 from ryzen_llm.model.config import ModelConfig
 from ryzen_llm.model.embedding import Embedding, LinearLoss, build_embedding
 
@@ -65,8 +65,18 @@ class Attention(nn.Module):
         self.to_qkv = kernels.function("rotary_qkv")
         self.causal_attention = kernels.function("attention")
 
-    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
-        """(batch, time, hidden_size) -> the same shape; `cos` and `sin` as from `rotary_table`."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, time, hidden_size) -> the same shape; `cos` and `sin` as from `rotary_table`.
+
+        `starts` are as from `document_starts`, and without a `cache`.
+        """
         if not self.rotary:  # turned by no angle
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         q, k, v = self.to_qkv(
@@ -80,7 +90,10 @@ class Attention(nn.Module):
             eps=self.norm_eps,
             query_scale=self.query_scale,
         )
-        context = self.causal_attention(q, k, v, self.window) if cache is None else cache.attend(q, k, v)
+        if cache is None:
+            context = self.causal_attention(q, k, v, self.window, starts)
+        else:
+            context = cache.attend(q, k, v)
         output: Tensor = self.o_proj(context.transpose(1, 2).flatten(2))
         return output
 
@@ -119,9 +132,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.post_norms else None
 
-    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+        starts: Tensor | None = None,
+    ) -> Tensor:
         """(batch, time, hidden_size) -> (batch, time, hidden_size)."""
-        attended = self.attention(self.attention_norm(hidden_states), cos, sin, cache)
+        attended = self.attention(self.attention_norm(hidden_states), cos, sin, cache, starts)
         if self.attention_post_norm is not None:
             attended = self.attention_post_norm(attended)
         hidden_states, normed = self.mlp_norm.add(hidden_states, attended)
@@ -138,14 +158,16 @@ class Transformer(nn.Module):
     Weights start as in GPT-2: normal with deviation 0.02, the projections back into the residual stream
     divided by sqrt(2 * num_layers), drawn from torch's global generator. With `checkpoint_activations` set, a
     training step keeps each block's input only and computes the rest again in backward (Chen et al. 2016,
-    arXiv:1604.06174): less memory for about a third more time. `kernels` are the forms of the ops
-    that it computes with, by rules of thumb until `KernelOptimizer` has measured them.
+    arXiv:1604.06174): less memory for about a third more time. With a `document_separator`, the id that ends
+    each document, no token sees another document than its own, but where there is a cache. `kernels` are the
+    forms of the ops that it computes with, by rules of thumb until `KernelOptimizer` has measured them.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelChoices | None = None) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.document_separator: int | None = None
         self.embedding = build_embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -207,7 +229,9 @@ class Transformer(nn.Module):
         self._check(input_ids, cache)
         time = input_ids.shape[1]
         if cache is None:
-            return self.run_blocks(input_ids, torch.arange(time, device=input_ids.device))
+            separator = self.document_separator
+            starts = None if separator is None else document_starts(input_ids, separator)
+            return self.run_blocks(input_ids, torch.arange(time, device=input_ids.device), starts=starts)
         return self.run_blocks(input_ids, cache.append(time), cache.layers)
 
     def run_blocks(
@@ -216,6 +240,7 @@ class Transformer(nn.Module):
         positions: Tensor,
         layers: Sequence[LayerCache] | None = None,
         ropes: tuple[Rope, Rope] | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """`hidden_states` of tokens at `positions`, (time,) or (batch, time) int64, without any check.
 
@@ -223,7 +248,7 @@ class Transformer(nn.Module):
         those are there already. Nothing here depends on a Python number that changes from token to token, so
         the whole of it can be compiled.
         """
-        return self.run_embedded(self.embedding.lookup(input_ids), positions, layers, ropes)
+        return self.run_embedded(self.embedding.lookup(input_ids), positions, layers, ropes, starts)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Rope, Rope]:
         """`rotary_table` of `positions`, for layers that see everything and for those with a window."""
@@ -240,6 +265,7 @@ class Transformer(nn.Module):
         positions: Tensor,
         layers: Sequence[LayerCache] | None = None,
         ropes: tuple[Rope, Rope] | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """`run_blocks` of tokens that have been looked up, (batch, time, hidden_size)."""
         config = self.config
@@ -250,9 +276,10 @@ class Transformer(nn.Module):
         for index, (block, window) in enumerate(zip(self.blocks, config.layer_windows, strict=True)):
             cos, sin = local_rope if window else rope
             if self.checkpoint_activations and torch.is_grad_enabled():
-                hidden_states = checkpoint(block, hidden_states, cos, sin, None, use_reentrant=False)
+                hidden_states = checkpoint(block, hidden_states, cos, sin, None, starts, use_reentrant=False)
             else:
-                hidden_states = block(hidden_states, cos, sin, None if layers is None else layers[index])
+                layer = None if layers is None else layers[index]
+                hidden_states = block(hidden_states, cos, sin, layer, starts)
         normed: Tensor = self.norm(hidden_states)
         return normed
 

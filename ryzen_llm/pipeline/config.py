@@ -70,6 +70,7 @@ class RunOptions:
         seed: Seed of the weights and of everything else that is drawn.
         compile: Compile the model's blocks with torch.compile.
         checkpoint_activations: Compute activations again in backward: less memory, about a third more time.
+        mask_documents: Let no token see another document than its own; those of a row follow each other.
         kernel_seconds: For measuring kernels in setup; after these no other form is tried, and the next run
             goes on.
         checkpoint_every_n_steps: Optimizer steps between checkpoints.
@@ -88,6 +89,7 @@ class RunOptions:
     seed: int = 0
     compile: bool = True
     checkpoint_activations: bool = False
+    mask_documents: bool = False
     kernel_seconds: float = 15.0
     checkpoint_every_n_steps: int = 100
     sample_every_n_steps: int = 100

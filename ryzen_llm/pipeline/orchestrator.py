@@ -189,6 +189,7 @@ class Orchestrator:
             self.config.optimizer,
             compile=self.config.options.compile and trains,
             checkpoint_activations=self.config.options.checkpoint_activations,
+            document_separator=data.tokenizer.end_of_text_id if self.config.options.mask_documents else None,
         )
         model = self.module.model
         self.weights = model.state_dict()
@@ -316,6 +317,7 @@ class Orchestrator:
         """The trained weights in a model that is not compiled."""
         model = Transformer(self.module.model.config, self.module.model.kernels)
         model.load_state_dict(self.weights)
+        model.document_separator = self.module.model.document_separator
         return model.eval()
 
     def _batches(self, split: Literal["train", "val"], count: int) -> list[Tensor]:

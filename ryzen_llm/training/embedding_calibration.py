@@ -144,5 +144,6 @@ def with_embedding(model: Transformer, embedding: Embedding) -> Transformer:
     with torch.device("meta"):
         other = Transformer(model.config, model.kernels)
     other.blocks, other.norm, other.head = model.blocks, model.norm, model.head
+    other.document_separator = model.document_separator
     other.replace_embedding(embedding.to(model.norm.weight.device, model.norm.weight.dtype))
     return other.train(model.training)

@@ -37,6 +37,8 @@ class LanguageModule(ScheduledModule):
             and reused for all layers, so the warm-up does not grow with depth.
         checkpoint_activations: Compute each block's activations again in backward instead of keeping them:
             less memory, about a third more time.
+        document_separator: The id that ends each document in the batches, for no token to see another one
+            (of the same row); None lets it see all before it.
     """
 
     def __init__(
@@ -45,10 +47,12 @@ class LanguageModule(ScheduledModule):
         optimizer: OptimizerConfig | None = None,
         compile: bool = False,
         checkpoint_activations: bool = False,
+        document_separator: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model.train() if isinstance(model, Transformer) else Transformer(model)
         self.model.checkpoint_activations = checkpoint_activations
+        self.model.document_separator = document_separator
         self.optimizer_config = optimizer or OptimizerConfig()
         self.compile_blocks = compile
         self.mean_loss = MeanMetric()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ryzen_llm.kernels import causal_attention
+from ryzen_llm.kernels import causal_attention, document_starts
 from ryzen_llm.kernels.causal_attention import attention_in_cpp
 from ryzen_llm.kernels.causal_attention_cpu import attend, is_in_cpp
 from ryzen_llm.kernels.hardware import cpu_features
@@ -26,11 +26,15 @@ def draw(batch: int, heads: int, kv_heads: int, time: int, width: int) -> list[T
     return [part.transpose(1, 2).requires_grad_() for part in parts]
 
 
-def formula(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+def formula(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int, starts: Tensor | None = None
+) -> Tensor:
     q, k, v = (x.double() for x in (queries, keys, values))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     distances = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
     hidden = (distances < 0) | (distances >= (window or q.shape[2]))
+    if starts is not None:
+        hidden = hidden | (torch.arange(q.shape[2]) < starts[:, None, :, None])
     weights = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, -math.inf).softmax(-1)
     return weights @ v
 
@@ -46,15 +50,20 @@ def rms(x: Tensor) -> float:
     time=st.integers(1, 400),
     width=st.sampled_from([16, 32, 48, 64, 80, 128]),
     window=st.sampled_from([0, 1, 5, 64, 100]),
+    documents=st.sampled_from([0, 3, 50, 150]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_results_and_gradients_are_those_of_fp64(
-    batch: int, kv_heads: int, group: int, time: int, width: int, window: int
+    batch: int, kv_heads: int, group: int, time: int, width: int, window: int, documents: int
 ) -> None:
     """Up to the rounding of weights and slopes to bf16, 2^-9 of each: here, of a whole tensor's size."""
     assert is_in_cpp()
     inputs = draw(batch, kv_heads * group, kv_heads, time, width)
-    got, exact = attend(*inputs, window), formula(*inputs, window)
+    starts = None
+    if documents:  # of about so many tokens, others in each row
+        ids = torch.randint(documents, (batch, time), generator=torch.Generator().manual_seed(width))
+        starts = document_starts(ids, 0)
+    got, exact = attend(*inputs, window, starts), formula(*inputs, window, starts)
     upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert got.shape == exact.shape
     assert got.dtype == torch.bfloat16
@@ -73,6 +82,15 @@ def test_far_scores_are_weighed_by_the_largest() -> None:
         q, k = q * 8, k * torch.linspace(-6, 6, 600).sin()[:, None].bfloat16() * 16
         assert (q.double() @ k.double().mT).abs().max() / 8 > 500
         assert rms(attend(q, k, v) - formula(q, k, v, 0)) <= 2**-8 * rms(formula(q, k, v, 0))
+
+
+def test_a_row_that_sees_no_key_of_a_chunk_takes_nothing_from_it() -> None:
+    """Scores all far below zero: a maximum of zero from keys not seen would leave no weights."""
+    q, k, v = (x.detach() for x in draw(1, 1, 1, 600, 32))
+    q, k = q.abs() * 16, -k.abs() * 16
+    assert (q.double() @ k.double().mT).max() / math.sqrt(32) < -150
+    expected = formula(q, k, v, 40)
+    assert rms(attend(q, k, v, 40) - expected) <= 2**-8 * rms(expected)
 
 
 def test_the_future_changes_nothing_not_by_a_bit() -> None:
@@ -125,7 +143,9 @@ def test_threads_and_layout_change_nothing() -> None:
 def test_it_is_a_well_behaved_op() -> None:
     assert is_in_cpp()
     q, k, v = draw(1, 2, 1, 70, 32)
-    torch.library.opcheck(torch.ops.ryzen_llm.causal_attention.default, (q, k, v, 9))
+    torch.library.opcheck(torch.ops.ryzen_llm.causal_attention.default, (q, k, v, None, 9))
+    starts = document_starts(torch.arange(70)[None] % 30, 7)
+    torch.library.opcheck(torch.ops.ryzen_llm.causal_attention.default, (q, k, v, starts, 0))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static sizes", "symbolic sizes"])
@@ -150,6 +170,8 @@ def test_what_does_not_suit_is_left_to_query_blocks() -> None:
 
 def test_errors_say_what_was_given() -> None:
     q, k, v = draw(1, 2, 1, 70, 32)
+    with pytest.raises(RuntimeError, match=r"needs int64 starts \(batch, time\), contiguous; got \[1, 69\]"):
+        attend(q, k, v, 0, torch.zeros(1, 69, dtype=torch.int64))
     narrow, short = ([x[..., :16] for x in (k, v)], [x[:, :, 1:] for x in (k, v)])
     for wrong in ((q.float(), k, v), (q, *narrow), (q, *short), (q[0], k[0], v[0])):
         with pytest.raises(RuntimeError, match=r"causal_attention needs bf16 queries .* got \["):

@@ -1,13 +1,28 @@
 """Every op against its formula in fp64, forward and backward."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ryzen_llm.kernels import apply_rotary, causal_attention, cross_entropy, rms_norm, rotary_table, swiglu
-from ryzen_llm.kernels.causal_attention import attention_in_query_blocks
+from ryzen_llm.kernels import (
+    apply_rotary,
+    causal_attention,
+    cross_entropy,
+    document_starts,
+    rms_norm,
+    rotary_table,
+    swiglu,
+)
+from ryzen_llm.kernels.causal_attention import (
+    attention_by_flex,
+    attention_by_pytorch,
+    attention_in_query_blocks,
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -119,6 +134,70 @@ def test_attention_in_query_blocks_keeps_no_weights_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         attention_in_query_blocks(*inputs)
     assert largest <= 2 * 2 * 512 * 8
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3))
+def test_documents_start_after_each_separator(rows: list[list[int]]) -> None:
+    starts = []
+    for row in rows:
+        start = 0
+        starts.append([])
+        for at, token in enumerate(row):
+            starts[-1].append(start)
+            start = at + 1 if token == 2 else start
+    assert document_starts(torch.tensor(rows), 2).tolist() == starts
+
+
+def rows_of_documents(window: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Queries, keys and values, where documents start, and attention over one document at a time."""
+    time, ends = 190, ([10, 100, 150], [63, 64])
+    inputs = [randn(2, h, time, 16, seed=s).float().requires_grad_() for s, h in enumerate((4, 2, 2))]
+    ids = torch.ones(2, time, dtype=torch.int64)
+    expected = torch.zeros_like(inputs[0])
+    for row, last in enumerate(ends):
+        ids[row, last] = 0
+        for first, end in pairwise([0, *(at + 1 for at in last), time]):
+            part = (x[row : row + 1, :, first:end] for x in inputs)
+            expected[row, :, first:end] = attention_by_pytorch(*part, window)[0]
+    return inputs, document_starts(ids, 0), expected
+
+
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("form", [attention_by_pytorch, attention_in_query_blocks])
+def test_attention_within_documents_is_that_of_each_document(
+    form: Callable[..., Tensor], window: int
+) -> None:
+    inputs, starts, expected = rows_of_documents(window)
+    got = form(*inputs, window, starts)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    upstream = randn(*got.shape, seed=9).float()
+    gradients = [torch.autograd.grad(out, inputs, upstream) for out in (got, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_flex_attention_within_documents_is_that_of_each_document(window: int) -> None:
+    """Compiled, as a GPU's blocks have it; on a CPU PyTorch has no backward of it."""
+    inputs, starts, expected = rows_of_documents(window)
+    with torch.no_grad():
+        got = torch.compile(attention_by_flex, fullgraph=True)(*(x.detach() for x in inputs), window, starts)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [0, 30])
+def test_compiled_attention_within_documents_on_a_gpu(window: int) -> None:
+    """Forward and backward, by the form that compiled blocks take there."""
+    inputs, starts, expected = rows_of_documents(window)
+    given_inputs = [x.detach().cuda().requires_grad_() for x in inputs]
+    got = torch.compile(attention_by_pytorch, fullgraph=True)(*given_inputs, window, starts.cuda())
+    torch.testing.assert_close(got.cpu(), expected, atol=1e-3, rtol=1e-3)
+    upstream = randn(*got.shape, seed=9).float()
+    ours = torch.autograd.grad(got, given_inputs, upstream.cuda())
+    theirs = torch.autograd.grad(expected, inputs, upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=3e-3, rtol=3e-3)
 
 
 def test_cross_entropy_follows_its_formula() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -195,6 +196,24 @@ def test_compiled_regions_change_neither_loss_nor_gradients_nor_names() -> None:
     assert list(compiled.state_dict()) == list(model.state_dict())
     for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_document_in_a_row_of_several_has_the_logits_that_it_has_alone(compiled: bool) -> None:
+    """Rotary positions are differences, so that they need not start anew; nothing else may be seen."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SMALL.to_dict() | {"num_layers": 2, "max_position_embeddings": 140}))
+    plain = copy.deepcopy(model)
+    ids = random_ids(1, 140) % (SMALL.vocab_size - 1) + 1
+    ends = [20, 90]
+    ids[0, ends] = 0
+    model.document_separator = 0
+    if compiled:
+        model.compile_blocks()
+    logits = model(ids)
+    for first, end in pairwise([0, *(at + 1 for at in ends), 140]):
+        torch.testing.assert_close(logits[:, first:end], plain(ids[:, first:end]), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits[:, 91:], plain(ids)[:, 91:], atol=1e-3)
 
 
 def test_activation_checkpointing_keeps_less_and_changes_no_gradient() -> None:
