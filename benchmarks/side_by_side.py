@@ -37,12 +37,18 @@ Times = Mapping[str, list[float]]
 """Seconds of each run of each arm, by round."""
 
 
-def time_arms(arms: Mapping[str, Callable[[], object]], rounds: int) -> Times:
-    """Time every arm once a round; the caller has warmed them up."""
+def time_arms(arms: Mapping[str, Callable[[], object]], rounds: int, settle: bool = False) -> Times:
+    """Time every arm once a round; the caller has warmed them up.
+
+    With `settle` each runs once more, untimed, before it is timed: as in a loop of its own, it then finds its
+    own memory, not what the arm before it has left or given back.
+    """
     names = list(arms)
     times: dict[str, list[float]] = {name: [] for name in names}
     with Progress(transient=True) as progress:
         for name in progress.track(interleaved(names, rounds), rounds * len(names), description="measuring"):
+            if settle:
+                arms[name]()
             synchronize()
             start = time.perf_counter()
             arms[name]()

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> None:
             memory[name] = peak_memory(steps[name], device)
     if len(set(parameters.values())) > 1:
         raise AssertionError(f"the arms differ in size, so nothing is measured: {parameters}")
-    times = time_arms(steps, options.rounds)
+    times = time_arms(steps, options.rounds, settle=True)
 
     tokens = options.batch * options.context
     flops = tokens * Transformer(config).flops_per_token(options.context)
