@@ -73,6 +73,24 @@ def test_validation_alone_measures_the_trained_model(
     assert report(copied, "validation_report")["results"] == []
 
 
+def test_masked_documents_reach_the_loss_and_the_claims(
+    copied: Path, finished: Path, corpus: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that see less are predicted otherwise; claims are of a model that masks, too."""
+    separators: list[int | None] = []
+
+    def build_claims(context: Any) -> list[Any]:
+        separators.append(context.model.document_separator)
+        return []
+
+    monkeypatch.setattr(orchestrator, "build_claims", build_claims)
+    assert train(alone(corpus, copied, "validation", mask_documents=True)) == 0
+    (separator,) = separators
+    assert separator is not None
+    final, before = (report(folder, "phase2_final_report") for folder in (copied, finished))
+    assert final["accuracy"]["val_loss"] != pytest.approx(before["accuracy"]["val_loss"], rel=1e-5)
+
+
 def test_a_checkpoint_from_elsewhere_is_measured_in_a_folder_of_its_own(
     finished: Path, corpus: Path, train: Train, tmp_path: Path
 ) -> None:
