@@ -50,11 +50,9 @@ def _twin(context: ClaimContext, recipe: Literal["naive", "ours"]) -> Transforme
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ours = Transformer(config, context.model.kernels)
-        ours.document_separator = context.model.document_separator
         if recipe == "ours":
             return ours
         naive = Transformer(dataclasses.replace(config, embedding="dense", embedding_settings={}), PLAIN)
-        naive.document_separator = ours.document_separator
     blocks = {n: x for n, x in ours.state_dict().items() if not n.startswith("embedding.")}
     naive.load_state_dict(ours.state_dict() if config.embedding == "dense" else naive.state_dict() | blocks)
     return naive
@@ -62,6 +60,7 @@ def _twin(context: ClaimContext, recipe: Literal["naive", "ours"]) -> Transforme
 
 def _losses(context: ClaimContext, recipe: Literal["naive", "ours"]) -> list[float]:
     model = _twin(context, recipe).to(context.device).train()
+    model.document_separator = context.model.document_separator
     optimised = recipe == "ours"
     if optimised and context.compile:
         model.compile_blocks()

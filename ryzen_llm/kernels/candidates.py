@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,8 +30,7 @@ from ryzen_llm.kernels.rms_norm import (
     add_rms_norm_by_pytorch,
     add_rms_norm_by_triton,
 )
-from ryzen_llm.kernels.rotary_qkv import rotary_qkv, rotary_qkv_by_triton
-from ryzen_llm.kernels.rotary_qkv_cpu import rotary_qkv_in_cpp
+from ryzen_llm.kernels.rotary_qkv import rotary_qkv, rotary_qkv_by_triton, rotary_qkv_in_cpp
 from ryzen_llm.kernels.workload import Workload
 
 Unsuited = Callable[[Workload], str | None]
@@ -55,14 +55,14 @@ def _no_triton(work: Workload) -> str | None:
     return None if find_spec("triton") else "Triton is not installed"
 
 
-def _in_cpp(multiple: int, is_there: Callable[[], bool]) -> Unsuited:
+def _in_cpp(module: ModuleType) -> Unsuited:
     def unsuited(work: Workload) -> str | None:
         on_cpu = work.device.type == "cpu" and cpu_features().avx512_bf16
         if not on_cpu or work.dtype != torch.bfloat16:
             return "for bf16 on CPUs with AVX512-BF16"
-        if work.head_dim % multiple:
-            return f"head_dim is no multiple of {multiple}"
-        return None if is_there() else "its C++ could not be compiled"
+        if work.head_dim % module.HEAD_MULTIPLE:
+            return f"head_dim is no multiple of {module.HEAD_MULTIPLE}"
+        return None if module.is_in_cpp() else "its C++ could not be compiled"
 
     return unsuited
 
@@ -117,7 +117,7 @@ def _fused_loss(slab_scale: float) -> Candidate:
 CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     "attention": {
         "PyTorch's SDPA": Candidate(attention_by_pytorch),
-        "C++": Candidate(attention_in_cpp, _in_cpp(16, causal_attention_cpu.is_in_cpp)),
+        "C++": Candidate(attention_in_cpp, _in_cpp(causal_attention_cpu)),
         "2 query blocks": _query_blocks(2),
         "4 query blocks": _query_blocks(4),
         "8 query blocks": _query_blocks(8),
@@ -138,7 +138,7 @@ CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     "rotary_qkv": {
         "written out": Candidate(rotary_qkv),
         "Triton": Candidate(rotary_qkv_by_triton, _no_triton),
-        "C++": Candidate(rotary_qkv_in_cpp, _any_of(_qk_norm, _in_cpp(32, rotary_qkv_cpu.is_in_cpp))),
+        "C++": Candidate(rotary_qkv_in_cpp, _any_of(_qk_norm, _in_cpp(rotary_qkv_cpu))),
     },
     "loss": {
         "all logits": Candidate(all_logits, _logits_too_large),

@@ -4,8 +4,6 @@
 // A task is a key head and the queries that share it. What the products read is copied first: rows, which multiply, as
 // they are; what is multiplied with two numbers that meet the same sum in each word, as VDPBF16PS wants them.
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,14 +12,11 @@
 #include <new>
 #include <optional>
 
-#include "tensors.h"
-
-#define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define INLINE inline __attribute__((always_inline)) WITH_BF16
+#include "bf16_avx512.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 64, LANES = 16, ROWS = 4;
+constexpr int64_t BLOCK = 64, ROWS = 4;
 constexpr int64_t CHUNK = 4 * BLOCK;  // keys between two looks at a query's largest score
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 
@@ -41,15 +36,7 @@ struct Rows {
   int64_t stride;
 };
 
-struct Heads {
-  const uint16_t* data;
-  int64_t batch, head, time;
-
-  explicit Heads(const Tensor& tensor)  // (batch, heads, time, head_dim)
-      : data(static_cast<const uint16_t*>(tensor.const_data_ptr())),
-        batch(tensor.stride(0)), head(tensor.stride(1)), time(tensor.stride(2)) {}
-  Rows rows(int64_t text, int64_t h) const { return {data + text * batch + h * head, time}; }
-};
+Rows rows(const Heads& from, int64_t text, int64_t head) { return {from.at(text, head, 0), from.time}; }
 
 struct Sizes {
   int64_t batch, heads, kv_heads, time, width, window;
@@ -171,8 +158,6 @@ INLINE __mmask16 lanes(int64_t first, int64_t begin, int64_t end) {
   const int64_t from = std::clamp<int64_t>(begin - first, 0, LANES), to = std::clamp<int64_t>(end - first, 0, LANES);
   return static_cast<__mmask16>(from < to ? (1u << to) - (1u << from) : 0);
 }
-
-INLINE void store_bf16(uint16_t* to, __m512 x) { _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
 // One key head's keys and values as forward reads them.
 struct Forward {
@@ -300,11 +285,8 @@ struct Backward {
   WITH_BF16 float mean_of(const uint16_t* upstream, const uint16_t* context) const {
     __m512 total = _mm512_setzero_ps();
     for (int64_t c = 0; c < sizes.width; c += LANES)
-      total = _mm512_fmadd_ps(wide(upstream + c), wide(context + c), total);
+      total = _mm512_fmadd_ps(load_bf16(upstream + c), load_bf16(context + c), total);
     return _mm512_reduce_add_ps(total);
-  }
-  INLINE static __m512 wide(const uint16_t* from) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
   }
 
   // Sixteen queries' weights of two keys, and the gradients by their scores.
@@ -396,25 +378,23 @@ Sizes check(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   return {q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), window, starts ? starts->const_data_ptr<int64_t>() : nullptr};
 }
 
-uint16_t* numbers(const Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const std::optional<Tensor>& starts, int64_t window) {
   const Sizes s = check(q, k, v, starts, window);
   Tensor context = torch::stable::new_empty(q, {s.batch, s.time, s.heads, s.width});
   Tensor logs = torch::stable::new_empty(q, {s.batch, s.heads, s.time}, ScalarType::Float);
-  uint16_t* to = numbers(context);
+  uint16_t* to = writable(context);
   auto* to_logs = static_cast<float*>(logs.mutable_data_ptr());
   const Heads queries(q), keys(k), values(v);
   parallel_for(0, s.batch * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Forward work(s);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t text = i / s.kv_heads, kv = i % s.kv_heads;
-      work.read(keys.rows(text, kv), values.rows(text, kv));
+      work.read(rows(keys, text, kv), rows(values, text, kv));
       for (int64_t h = kv * s.group(); h < (kv + 1) * s.group(); ++h)
         for (int64_t block = 0; block < s.blocks(); ++block) {
           const int64_t token = text * s.time + block * BLOCK;
-          work.attend(queries.rows(text, h), text, block, to + (token * s.heads + h) * s.width, s.heads * s.width,
+          work.attend(rows(queries, text, h), text, block, to + (token * s.heads + h) * s.width, s.heads * s.width,
                       to_logs + (text * s.heads + h) * s.time + block * BLOCK);
         }
     }
@@ -430,21 +410,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor
   Tensor by_q = torch::stable::new_empty(q, {s.batch, s.time, s.heads, s.width});
   Tensor by_k = torch::stable::new_empty(q, {s.batch, s.time, s.kv_heads, s.width});
   Tensor by_v = torch::stable::new_empty(q, {s.batch, s.time, s.kv_heads, s.width});
-  uint16_t *to_q = numbers(by_q), *to_k = numbers(by_k), *to_v = numbers(by_v);
+  uint16_t *to_q = writable(by_q), *to_k = writable(by_k), *to_v = writable(by_v);
   const Heads queries(q), keys(k), values(v);
-  const auto* from = static_cast<const uint16_t*>(given.const_data_ptr());
-  const auto* contexts = static_cast<const uint16_t*>(result.const_data_ptr());
+  const auto* from = numbers(given);
+  const auto* contexts = numbers(result);
   const auto* kept = static_cast<const float*>(logs.const_data_ptr());
   parallel_for(0, s.batch * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
     Backward work(s);
     const int64_t row = s.heads * s.width, kv_row = s.kv_heads * s.width;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t text = i / s.kv_heads, kv = i % s.kv_heads;
-      work.read(keys.rows(text, kv), values.rows(text, kv));
+      work.read(rows(keys, text, kv), rows(values, text, kv));
       for (int64_t h = kv * s.group(); h < (kv + 1) * s.group(); ++h) {
         const int64_t head = (text * s.time * s.heads + h) * s.width;
         for (int64_t block = 0; block < s.blocks(); ++block)
-          work.pass(queries.rows(text, h), {from + head, row}, {contexts + head, row},
+          work.pass(rows(queries, text, h), {from + head, row}, {contexts + head, row},
                     kept + (text * s.heads + h) * s.time + block * BLOCK, text, block, to_q + head + block * BLOCK * row, row);
       }
       const int64_t head = (text * s.time * s.kv_heads + kv) * s.width;

@@ -15,10 +15,13 @@ from torch import Tensor
 from ryzen_llm.kernels.cpp_extension import compile_beside
 from ryzen_llm.kernels.hardware import cpu_features
 
+HEAD_MULTIPLE = 16
+"""Of which head_dim has to be a multiple."""
+
 
 def suits(dtype: torch.dtype, device: torch.device, head_dim: int) -> bool:
     """Whether `attend` takes such queries; compiles it in a machine's first call, some seconds."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 16 == 0 and is_in_cpp()
+    return device.type == "cpu" and dtype == torch.bfloat16 and not head_dim % HEAD_MULTIPLE and is_in_cpp()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -9,7 +9,7 @@ from typing import Any
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention
-from ryzen_llm.kernels.rotary_qkv_cpu import rotary_qkv_in_cpp
+from ryzen_llm.kernels.rotary_qkv import rotary_qkv_in_cpp
 
 AUTOMATIC = "automatic"
 """The form of ops that nothing was measured for, by rules of thumb."""

@@ -27,6 +27,7 @@ GPU_SLAB_BYTES = 256 * 2**20
 """Enough rows to fill a GPU at any vocabulary, and small beside the activations of a batch."""
 
 _SUMMED_ROWS = 512
+"""Of the weight's gradient, added at once: a CPU first copies them to the sums' dtype, within its cache."""
 _SOFTMAX_ROWS = 64
 """Rows whose softmax PyTorch makes at once: in fp32 they stay in a CPU's cache."""
 
@@ -223,6 +224,7 @@ def _in_chunks(
     softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_compiled if compiled else _softmax_by_pytorch
     chunk = slab_rows(rows, vocab, x.element_size(), x.device, slab_scale)
     slab = x.new_empty(chunk, vocab)
+    summed = vocab if x.is_cuda else _SUMMED_ROWS
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         logits = slab[: part.stop - part.start]
@@ -240,9 +242,8 @@ def _in_chunks(
         if dw is not None:
             torch.mm(logits, head, out=dx[part])
             product = logits.T @ x[part]
-            # By parts: of another dtype, each is first made one of this dtype, which thus stays in a cache.
-            for first in range(0, vocab, _SUMMED_ROWS):
-                dw[first : first + _SUMMED_ROWS] += product[first : first + _SUMMED_ROWS]
+            for first in range(0, vocab, summed):
+                dw[first : first + summed] += product[first : first + summed]
     return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ryzen_llm.kernels import rotary_qkv_cpu
 from ryzen_llm.kernels.rms_norm import rms_norm
 from ryzen_llm.kernels.rotary import apply_rotary
 
@@ -41,6 +42,25 @@ def rotary_qkv(
         q = q * query_scale
     q, k = (apply_rotary(x.transpose(1, 2), cos, sin) for x in (q, k))
     return q, k, v.transpose(1, 2)
+
+
+def rotary_qkv_in_cpp(
+    projected: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    eps: float,
+    query_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by `rotary_qkv_cpu` where it suits and there is no norm, else as above."""
+    if q_weight is None and rotary_qkv_cpu.suits(projected, cos):
+        return rotary_qkv_cpu.split_and_rotate(projected, cos, sin, num_heads, num_kv_heads, query_scale)
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    return rotary_qkv(projected, cos, sin, q_weight, k_weight, eps=eps, query_scale=query_scale, **heads)
 
 
 def rotary_qkv_by_triton(

@@ -3,20 +3,11 @@
 #include <array>
 #include <cstring>
 
-#include "tensors.h"
-
-#define WITH_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#include "bf16_avx512.h"
 
 namespace {
 
-constexpr int64_t LANES = 16, GRAIN = 32;  // tokens
-
-WITH_BF16 inline __m512 load(const uint16_t* from) {
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-}
-WITH_BF16 inline void store(uint16_t* to, __m512 x) {
-  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(x));
-}
+constexpr int64_t GRAIN = 32;  // tokens
 
 // A token's heads, `size` numbers each and `from_step` and `to_step` apart, by the token's angles: forth, or back.
 template <bool BACK>
@@ -27,9 +18,9 @@ WITH_BF16 void rotate(const uint16_t* from, int64_t from_step, uint16_t* to, int
     const __m512 by = _mm512_set1_ps(scale), x = _mm512_mul_ps(_mm512_loadu_ps(cos + c), by);
     const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(sin + c), _mm512_set1_ps(BACK ? -scale : scale));
     for (int64_t h = 0; h < heads; ++h) {
-      const __m512 first = load(from + h * from_step + c), second = load(from + h * from_step + half + c);
-      store(to + h * to_step + c, _mm512_fmsub_ps(first, x, _mm512_mul_ps(second, y)));
-      store(to + h * to_step + half + c, _mm512_fmadd_ps(second, x, _mm512_mul_ps(first, y)));
+      const __m512 first = load_bf16(from + h * from_step + c), second = load_bf16(from + h * from_step + half + c);
+      store_bf16(to + h * to_step + c, _mm512_fmsub_ps(first, x, _mm512_mul_ps(second, y)));
+      store_bf16(to + h * to_step + half + c, _mm512_fmadd_ps(second, x, _mm512_mul_ps(first, y)));
     }
   }
 }
@@ -50,8 +41,6 @@ struct Table {
   }
 };
 
-const uint16_t* numbers(const Tensor& tensor) { return static_cast<const uint16_t*>(tensor.const_data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& projected, const Tensor& cos, const Tensor& sin, int64_t heads,
                                            int64_t kv_heads, double query_scale) {
   const int64_t all = heads + 2 * kv_heads;
@@ -67,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& projected, const Tensor
   const uint16_t* from = numbers(given);
   const float *x = table.cos.const_data_ptr<float>(), *y = table.sin.const_data_ptr<float>();
   uint16_t* to[3];
-  for (int i = 0; i < 3; ++i) to[i] = static_cast<uint16_t*>(results[i].mutable_data_ptr());
+  for (int i = 0; i < 3; ++i) to[i] = writable(results[i]);
   parallel_for(0, batch * time, GRAIN, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const uint16_t *q = from + token * all * size, *k = q + heads * size, *v = k + kv_heads * size;
@@ -80,36 +69,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& projected, const Tensor
   return {results[0], results[1], results[2]};
 }
 
-// One of the gradients (batch, heads, time, head_dim) that are to be put together.
-struct Heads {
-  Tensor tensor;
-  const uint16_t* data;
-  int64_t heads, batch, head, time;
-
-  explicit Heads(const Tensor& given)
-      : tensor(given.scalar_type() == ScalarType::BFloat16 && given.stride(3) == 1 ? given
-                                                                                : as(ScalarType::BFloat16, given)),
-        data(numbers(tensor)), heads(tensor.size(1)), batch(tensor.stride(0)), head(tensor.stride(1)),
-        time(tensor.stride(2)) {}
-  const uint16_t* at(int64_t text, int64_t t) const { return data + text * batch + t * time; }
-};
-
 Tensor backward(const Tensor& by_q, const Tensor& by_k, const Tensor& by_v, const Tensor& cos, const Tensor& sin,
                 double query_scale) {
   const Heads q(by_q), k(by_k), v(by_v);
   const int64_t batch = by_q.size(0), time = by_q.size(2), size = by_q.size(3), all = q.heads + k.heads + v.heads;
   const Table table(cos, sin, time, size);
   Tensor result = torch::stable::new_empty(q.tensor, {batch, time, all * size});
-  auto* to = static_cast<uint16_t*>(result.mutable_data_ptr());
+  uint16_t* to = writable(result);
   const float *x = table.cos.const_data_ptr<float>(), *y = table.sin.const_data_ptr<float>();
   parallel_for(0, batch * time, GRAIN, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const int64_t text = token / time, t = token % time;
       uint16_t *to_q = to + token * all * size, *to_k = to_q + q.heads * size, *to_v = to_k + k.heads * size;
       const float *c = x + t * size / 2, *s = y + t * size / 2;
-      rotate<true>(q.at(text, t), q.head, to_q, size, q.heads, size, c, s, static_cast<float>(query_scale));
-      rotate<true>(k.at(text, t), k.head, to_k, size, k.heads, size, c, s, 1);
-      copy(v.at(text, t), v.head, to_v, size, v.heads, size);
+      rotate<true>(q.at(text, 0, t), q.head, to_q, size, q.heads, size, c, s, static_cast<float>(query_scale));
+      rotate<true>(k.at(text, 0, t), k.head, to_k, size, k.heads, size, c, s, 1);
+      copy(v.at(text, 0, t), v.head, to_v, size, v.heads, size);
     }
   });
   return result;

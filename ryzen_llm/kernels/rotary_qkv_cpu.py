@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ryzen_llm.kernels.cpp_extension import compile_beside
 from ryzen_llm.kernels.hardware import cpu_features
-from ryzen_llm.kernels.rotary_qkv import rotary_qkv
+
+HEAD_MULTIPLE = 32
+"""Of which head_dim has to be a multiple."""
+
+
+def suits(projected: Tensor, cos: Tensor) -> bool:
+    """Whether `split_and_rotate` is for these: a training step in bf16, all texts at the same positions."""
+    trained = projected.requires_grad and torch.is_grad_enabled()
+    in_bf16 = projected.device.type == "cpu" and projected.dtype == torch.bfloat16
+    return trained and in_bf16 and cos.dim() == 2 and not 2 * cos.shape[-1] % HEAD_MULTIPLE and is_in_cpp()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -19,36 +28,13 @@ def is_in_cpp() -> bool:
     return cpu_features().avx512_bf16 and _is_compiled()
 
 
-def rotary_qkv_in_cpp(
-    projected: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    eps: float,
-    query_scale: float = 1.0,
+def split_and_rotate(
+    projected: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, query_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of a training step in bf16 without QK-norm and with the same positions in all texts, if its
-    head_dim is a multiple of 32; else, and where this machine cannot run it, `rotary_qkv` itself.
+    """`rotary_qkv` without QK-norm of what `suits`.
+
+    Raises RuntimeError for another dtype, or tables of other shapes.
     """
-    trained = projected.requires_grad and torch.is_grad_enabled()
-    in_bf16 = projected.device.type == "cpu" and projected.dtype == torch.bfloat16
-    simple = q_weight is None and cos.dim() == 2 and cos.shape[-1] % 16 == 0
-    if not (trained and in_bf16 and simple and is_in_cpp()):
-        return rotary_qkv(
-            projected,
-            cos,
-            sin,
-            q_weight,
-            k_weight,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            eps=eps,
-            query_scale=query_scale,
-        )
     q, k, v = torch.ops.ryzen_llm.rotary_qkv_cpu(projected, cos, sin, num_heads, num_kv_heads, query_scale)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

@@ -22,7 +22,7 @@ SECONDS_PER_OP = 1.0
 """For timing all forms of an op, unless that were fewer than `FEWEST_ROUNDS`."""
 
 CLEARLY_FASTER = 0.97
-"""A form has to need less than this share of a plainer one's time to be preferred to it."""
+"""A form has to need less than this share of the time of one listed before it to be preferred."""
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2**-5}
 """Of outputs and gradients, as |difference| / |fp32 reference|; room for TF32, and for a few roundings."""
@@ -96,7 +96,7 @@ def _why(error: Exception) -> str:
 
 
 def fastest(trials: list[Trial]) -> str | None:
-    """The name of the fastest, a plainer one where the difference is small; None where all are excluded."""
+    """The fastest's name, or that of one before it that is hardly slower; None where all are excluded."""
     best: Trial | None = None
     for trial in trials:
         if trial.milliseconds is None:

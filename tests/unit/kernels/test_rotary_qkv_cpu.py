@@ -1,5 +1,6 @@
 """From one projection to rotated queries, keys and values in C++, against the form in PyTorch in fp64."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ryzen_llm.kernels.hardware import cpu_features
 from ryzen_llm.kernels.rotary import rotary_table
-from ryzen_llm.kernels.rotary_qkv_cpu import is_in_cpp, rotary_qkv_in_cpp
+from ryzen_llm.kernels.rotary_qkv import rotary_qkv_in_cpp
+from ryzen_llm.kernels.rotary_qkv_cpu import is_in_cpp
 
 pytestmark = pytest.mark.skipif(not cpu_features().avx512_bf16, reason="this CPU has no AVX512-BF16")
 
@@ -87,9 +89,8 @@ def test_it_is_a_well_behaved_op() -> None:
 def test_the_op_is_for_training_steps_that_it_suits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """All else has the form in PyTorch, which a compiled decoding step fuses with its neighbours."""
     taken = []
-    monkeypatch.setattr(
-        "ryzen_llm.kernels.rotary_qkv_cpu.rotary_qkv", lambda *args, **kwargs: taken.append(args[0].shape)
-    )
+    module = sys.modules["ryzen_llm.kernels.rotary_qkv"]  # its name is the function's too
+    monkeypatch.setattr(module, "rotary_qkv", lambda *args, **kwargs: taken.append(args[0].shape))
     projected, cos, sin = draw(2, 5, 2, 1, 32)
     heads = {"heads": 2, "kv_heads": 1}
     run(projected, cos, sin, **heads)
