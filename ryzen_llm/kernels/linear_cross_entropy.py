@@ -81,10 +81,14 @@ def linear_cross_entropy(
     else:
         gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         weights = kept.to(torch.promote_types(x.dtype, torch.float32))
+        # At once, where fp16 would not lose small gradients by it: backward then has nothing to scale by.
+        divided = reduction == "mean" and x.dtype != torch.float16
+        if divided:
+            weights /= weights.sum()
         loss, predictions, _, _ = _total(
             x, weight, labels, weights, label_smoothing, z_loss, compiled, slab_scale, gradients
         )
-        if reduction == "mean":
+        if reduction == "mean" and not divided:
             loss = loss / weights.sum()
     return loss, ((predictions == flat) & kept).sum()
 
@@ -146,6 +150,8 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tenso
     if upstream is None:
         return (None,) * 9
     dx, dw = ctx.saved_tensors
+    if type(upstream) is Tensor and upstream.is_cpu and upstream == 1:  # a GPU would be waited for
+        return dx, dw, *(None,) * 7
     return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), *(None,) * 7
 
 
@@ -220,7 +226,8 @@ def _in_chunks(
     head = weight.to(x.dtype)
     losses, predictions = x.new_empty(rows, dtype=wide), torch.empty_like(targets)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if gradients else x.new_empty(0)
-    dw = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, wide)) if gradients else None
+    new = weight.new_empty if rows else weight.new_zeros
+    dw = new(weight.shape, dtype=torch.promote_types(weight.dtype, wide)) if gradients else None
     softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_compiled if compiled else _softmax_by_pytorch
     chunk = slab_rows(rows, vocab, x.element_size(), x.device, slab_scale)
     slab = x.new_empty(chunk, vocab)
@@ -243,7 +250,8 @@ def _in_chunks(
             torch.mm(logits, head, out=dx[part])
             product = logits.T @ x[part]
             for first in range(0, vocab, summed):
-                dw[first : first + summed] += product[first : first + summed]
+                sums, terms = dw[first : first + summed], product[first : first + summed]
+                sums.add_(terms) if start else sums.copy_(terms)
     return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
 
