@@ -64,8 +64,8 @@ class DraftControl:
         self.widths = sorted(widths)
         self.seconds = dict(seconds)
         self.rates = AcceptanceRates()
-        self.costs: dict[str, float] = {}
-        self._latest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=5))
+        self._latest: dict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=5))
+        self._costs: dict[str, dict[int, float]] = defaultdict(dict)
         self._since_asked: dict[str, int] = defaultdict(int)
         self._unread: dict[str, int] = defaultdict(int)
 
@@ -80,11 +80,24 @@ class DraftControl:
             self.seconds[each] *= ratio**SMOOTHING
         self.seconds[width] *= ratio**OWN_SMOOTHING
 
-    def proposed(self, name: str, seconds: float) -> None:
-        """Take in how long a drafter took for a token of every text."""
-        self._latest[name].append(seconds)
-        self.costs[name] = median(self._latest[name])  # the first call may have compiled something
+    def proposed(self, name: str, most: int, seconds: float) -> None:
+        """Take in how long a drafter took when it was asked for `most` tokens of every text."""
+        self._latest[name, most].append(seconds)
+        self._costs[name][most] = median(
+            self._latest[name, most]
+        )  # the first call may have compiled something
         self._since_asked[name] = 0
+
+    def cost(self, name: str, most: int) -> float:
+        """Seconds that a drafter takes if it is asked for `most` tokens; 0 if it has not been asked yet.
+
+        As long as for the next larger number that it has been asked for, or in proportion to the largest.
+        """
+        costs = self._costs[name]
+        if not costs:
+            return 0.0
+        known = min((each for each in costs if each >= most), default=max(costs))
+        return costs[known] * max(most / known, 1.0)
 
     def settled(self, asked: Collection[str], plan: Plan) -> None:
         """Take in which plan was made of the drafts of those that were asked."""
@@ -103,18 +116,17 @@ class DraftControl:
     def worth_asking(self, name: str, plan: Plan, expected: float) -> int:
         """How many tokens to ask a drafter for: as many as might beat the plan and its `expected`, or 0."""
         most = self.widths[-1] - 1
-        cost = self.costs.get(name)
-        if not most or cost is None:
+        if not most or not self._costs[name]:
             return most
         self._since_asked[name] += 1
-        if cost * most < CHEAP * self.seconds[self.widths[0]]:
+        if self.cost(name, most) < CHEAP * self.seconds[self.widths[0]]:
             due = self._unread[name] < IDLE or self._since_asked[name] >= IDLE_INTERVAL
             return most if due else 0
         rates = [self.rates[name, "depth", depth] for depth in range(most)]
         gains = _tokens_expected(rates)
         texts = len(plan.drafts)
         rate, width = max(
-            (texts * gains[width - 1] / (self.seconds[width] + cost * (width - 1)), width)
+            (texts * gains[width - 1] / (self.seconds[width] + self.cost(name, width - 1)), width)
             for width in self.widths
             if width > 1
         )

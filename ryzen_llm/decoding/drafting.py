@@ -75,7 +75,7 @@ class Drafting:
         started = time.perf_counter()
         self._asked = [{} for _ in rows]
         best, expected = self.control.plan(self._asked)
-        for name in sorted(self._sessions, key=lambda name: self.control.costs.get(name, 0.0)):
+        for name in sorted(self._sessions, key=lambda name: self.control.cost(name, 1)):
             most = self.control.worth_asking(name, best, expected)
             if not most:
                 continue
@@ -83,8 +83,7 @@ class Drafting:
             drafts = self._guarded(name, functools.partial(self._ask, name, rows, room, most))
             if drafts is None:
                 continue
-            longest = max(len(draft.tokens) for draft in drafts)
-            self.control.proposed(name, (time.perf_counter() - asked_at) / max(longest, 1))
+            self.control.proposed(name, most, time.perf_counter() - asked_at)
             for asked, draft in zip(self._asked, drafts, strict=True):
                 asked[name] = draft
             best, expected = self.control.plan(self._asked)

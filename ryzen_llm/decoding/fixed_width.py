@@ -5,8 +5,8 @@ import inspect
 import statistics
 import time
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,7 @@ class FixedWidthPass:
         self.layout = layout_of(model)
         self._run = self._forward
         if compile:
-            self._run = torch.compile(
-                self._forward,
-                fullgraph=True,
-                dynamic=False,
-                options={
-                    "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-                    "size_asserts": False,  # some 16 a layer, of what Dynamo's guards have seen
-                    "emulate_precision_casts": True,  # or what is rounded to bf16 depends on the width
-                },
-            )
+            self._run = compiled(self._forward)
         self._graphs: dict[int, GraphedStep[Outcome]] = {}
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
@@ -131,6 +122,24 @@ class FixedWidthPass:
         hidden_states = self.model.run_blocks(tokens, positions, layers, ropes)
         logits = self.model.logits(hidden_states)
         return Outcome(logits, hidden_states, logits.argmax(-1), logits.isfinite().all())
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` as one graph, which sees no change of a module but in the `layout_of` it that it gets."""
+    return torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=False,
+        options={
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+            "size_asserts": False,  # some 16 a layer, of what Dynamo's guards have seen
+            "emulate_precision_casts": True,  # or what is rounded to bf16 depends on the width
+        },
+    )
 
 
 def layout_of(model: nn.Module) -> str:

@@ -16,7 +16,7 @@ from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.huge_pages import move_to_huge_pages
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
-from ryzen_llm.decoding.weights import KINDS, quantise_weights
+from ryzen_llm.decoding.weights import KINDS, multiply_few_rows, quantise_weights
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import supports_bf16
 from ryzen_llm.model import Transformer
@@ -78,6 +78,8 @@ class Generator:
         self.model.replace_embedding(embedding)
         if weights in KINDS:
             quantise_weights(self.model, weights)
+        else:
+            multiply_few_rows(self.model)
         shared = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         tensors = (*self.model.parameters(), *self.model.buffers())
         move_to_huge_pages(tensor for tensor in tensors if tensor.data_ptr() not in shared)

@@ -1,4 +1,4 @@
-"""Linear layers with weights of 8 or 4 bits, for decoding, which reads every weight once a token."""
+"""Linear layers for decoding, which reads every weight once a token: of 8 or 4 bits, or as they are."""
 
 from importlib.util import find_spec
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import few_rows_linear
 from ryzen_llm.kernels.linear_on_gpu import (
     int4_linear_on_gpu,
     int8_linear_on_gpu,
@@ -111,6 +112,21 @@ class Int4LinearOnGpu(nn.Module):
         return _finish(y, self.bias, x)
 
 
+class FewRowsLinear(nn.Module):
+    """A linear layer with its own weight, bf16 on a CPU, of which few rows are multiplied in C++."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] > few_rows_linear.MOST_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        return _finish(few_rows_linear.few_rows_linear(rows, self.weight), self.bias, x)
+
+
 def _suits_triton(rows: Tensor) -> bool:
     return _HAS_TRITON and rows.is_cuda and rows.shape[0] <= MOST_PACKED_ROWS
 
@@ -125,20 +141,44 @@ def quantise_weights(model: Transformer, kind: str) -> None:
     bits whatever the kind: with 4 it alone would cost most of the quality. Raises InputError where a layer's
     size does not suit the kind, naming the layer.
     """
+    _untie(model)
+    for path, module in _linear_layers(model):
+        if module is model.head:
+            quantised: nn.Module = Int8Linear(module, path)
+        else:
+            on_gpu = kind == "int4" and module.weight.is_cuda
+            quantised = (Int4LinearOnGpu if on_gpu else KINDS[kind])(module, path)
+        _replace(model, path, quantised)
+
+
+def multiply_few_rows(model: Transformer) -> None:
+    """Where the CPU has AVX512-BF16, have linear layers in bf16 and the output head take `few_rows_linear`.
+
+    Weights stay where they are, that of a tied dense embedding, too.
+    """
+    weight = next(model.parameters())
+    if weight.is_cpu and weight.dtype == torch.bfloat16 and few_rows_linear.is_in_cpp():
+        _untie(model)
+        for path, module in _linear_layers(model):
+            if module.out_features >= few_rows_linear.FEWEST_OUTPUTS:
+                _replace(model, path, FewRowsLinear(module))
+
+
+def _untie(model: Transformer) -> None:
+    """Give a tied dense embedding a head of its own, with the same weight."""
     if model.head is None and isinstance(model.embedding, DenseEmbedding):
         weight = model.embedding.weight
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        head.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        model.head = head
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            parent, _, name = path.rpartition(".")
-            if module is model.head:
-                quantised: nn.Module = Int8Linear(module, path)
-            else:
-                on_gpu = kind == "int4" and module.weight.is_cuda
-                quantised = (Int4LinearOnGpu if on_gpu else KINDS[kind])(module, path)
-            setattr(model.get_submodule(parent), name, quantised)
+        model.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        model.head.weight = weight
+
+
+def _linear_layers(model: Transformer) -> list[tuple[str, nn.Linear]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _replace(model: Transformer, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def _require_multiple(name: str, linear: nn.Linear, side: str, multiple: int, kind: str) -> None:

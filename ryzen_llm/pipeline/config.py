@@ -132,6 +132,7 @@ class DrafterOptions:
             file. Null trains a language model.
         texts: How many texts it writes itself to train on, at least.
         length: Tokens of each.
+        weights: What it writes them with, best what it is to be decoded with: bf16, fp32, int8 or int4.
         vocab_size: How many tokens can be drafted, those that it writes most.
         intermediate_size: Width of the heads' hidden layer.
         depth: Tokens of a draft.
@@ -140,6 +141,7 @@ class DrafterOptions:
     target: str | None = None
     texts: int = 768
     length: int = 384
+    weights: str = "bf16"
     vocab_size: int = 8192
     intermediate_size: int = 1024
     depth: int = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -25,13 +24,14 @@ from ryzen_llm.selftest import IntegrationTestRunner
 from ryzen_llm.training import DraftHeadsModule, TargetTextModule, Turns
 
 HEADS = "heads.safetensors"
+TEXTS_IN_A_BATCH = 8
 
 
 class DrafterOrchestrator(Orchestrator):
     """Trains `DraftHeads` for `drafter.target` and writes them to heads.safetensors in the output directory.
 
-    Of `data`, its batch_size, val_fraction, seed and cache_dir apply. The claim that is measured is the one
-    of speculative decoding, with these heads besides the other drafters.
+    Of `data`, its batch_size (of places, see `TargetTextModule`), val_fraction, seed and cache_dir apply. The
+    claim that is measured is the one of speculative decoding, with these heads besides the other drafters.
     """
 
     module: DraftHeadsModule  # type: ignore[assignment]
@@ -44,11 +44,12 @@ class DrafterOrchestrator(Orchestrator):
         target, self.tokenizer = load_pretrained(options.target)
         cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
         self.texts = TargetTextModule(
-            Generator(target, compile=True),
+            Generator(target, weights=options.weights, compile=True),
             layout(self.tokenizer),
-            cache_dir / "target-texts" / target.content_hash()[:16],
+            cache_dir / "target-texts" / f"{target.content_hash()[:16]}-{options.weights}",
             texts=options.texts,
             length=options.length,
+            depth=options.depth,
             batch_size=data.batch_size,
             val_fraction=data.val_fraction,
             seed=data.seed,
@@ -61,8 +62,8 @@ class DrafterOrchestrator(Orchestrator):
         self.module = DraftHeadsModule(target, config, vocabulary, self.config.optimizer)
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
         return None, (
-            f"{len(self.texts.train):,} texts of {options.length} tokens; heads with {parameters:,} "
-            f"parameters for {len(vocabulary):,} tokens of {Path(options.target).name}"
+            f"{len(self.texts.train):,} places in texts of {options.length} tokens; heads with "
+            f"{parameters:,} parameters for {len(vocabulary):,} tokens of {Path(options.target).name}"
         )
 
     def _choose_parts(self, device: torch.device, precision: str) -> None:
@@ -88,9 +89,10 @@ class DrafterOrchestrator(Orchestrator):
         return self.module.target
 
     def _batches(self, split: Literal["train", "val"], count: int) -> list[Tensor]:
-        """The later halves, since the texts begin alike."""
-        loader = self.texts.train_dataloader() if split == "train" else self.texts.val_dataloader()
-        return [ids[:, ids.shape[1] // 2 :] for ids, _, _ in islice(loader, count)]
+        """The later halves of texts, since they begin alike."""
+        ids = (self.texts.train if split == "train" else self.texts.val).ids
+        later: tuple[Tensor, ...] = ids[:, ids.shape[1] // 2 :].split(TEXTS_IN_A_BATCH)  # type: ignore[no-untyped-call]
+        return list(later[:count])
 
     def _claims(self) -> list[Claim]:
         context = self._claim_context(self._trained_model())

@@ -11,11 +11,9 @@ from ryzen_llm.decoding import DraftHeads, HeadsConfig, output_rows
 from ryzen_llm.kernels import linear_cross_entropy
 from ryzen_llm.model import Transformer
 from ryzen_llm.training.optimizer import OptimizerConfig, ScheduledModule, build_adamw
+from ryzen_llm.training.target_text import Batch
 
 IGNORED = -100
-
-Batch = tuple[Tensor, Tensor, Tensor]
-"""As `TargetTextModule` gives them: ids and which of them the model chose, (batch, time), hidden states."""
 
 
 class DraftHeadsModule(ScheduledModule):
@@ -64,49 +62,38 @@ class DraftHeadsModule(ScheduledModule):
         self.target.to(self.device)
 
     def tokens_in_batch(self, batch: Batch) -> int:
-        """Tokens that the target chose. `TrainingMetricsCollector` counts with it."""
-        return int(batch[1].sum())
+        """Places to draft from. `TrainingMetricsCollector` counts with it."""
+        return len(batch[0])
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss, and for each position whether the first token, and how many in a row, were right."""
-        ids, own, hidden_states = batch
-        embedded = self.target.embedding.lookup(ids).detach()
-        states = hidden_states.to(embedded.dtype)
-        losses = []
-        right = []
-        time, depth = ids.shape[1], self.heads.config.depth
-        for d in range(depth):
-            # The state before token t + 1 meets tokens t + 1 to t + 1 + d, and foretells the one after them.
-            states = self.heads(states[:, : time - 2 - d], embedded[:, 1 + d : time - 1])
-            chosen = own[:, 2 + d :] & own[:, 1 : time - 1 - d]
-            truth = self.index[ids[:, 2 + d :]]
-            labels = truth[chosen]
-            loss, _ = linear_cross_entropy(
-                states[chosen], self.rows.to(states.dtype), labels, reduction="sum"
-            )
-            # Of none, where a batch holds no answer whose tokens can be drafted, the mean would be NaN.
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean loss over the depths, and in validation which tokens were right, (depth, batch) bool."""
+        states, tokens, own = batch
+        embedded = self.target.embedding.lookup(tokens[:, :-1]).detach()
+        rows = self.rows.to(embedded.dtype)
+        states = states.to(embedded.dtype)
+        losses, right = [], []
+        for d in range(self.heads.config.depth):
+            states = self.heads(states, embedded[:, d])
+            labels = torch.where(own[:, d], self.index[tokens[:, d + 1]], IGNORED)
+            loss, _ = linear_cross_entropy(states, rows, labels, reduction="sum")
+            # Of none, where a batch has no token that can be drafted, the mean would be NaN.
             losses.append(loss / (labels != IGNORED).sum().clamp(min=1))
             if not self.training:
-                guess = torch.nn.functional.linear(states, self.rows.to(states.dtype)).argmax(-1)
-                right.append(((guess == truth) & chosen)[:, : time - 1 - depth])
-        if self.training:
-            return torch.stack(losses).mean(), ids.new_zeros(0), ids.new_zeros(0)
-        scored = (own[:, 1:-1] & own[:, 2:])[:, : time - 1 - depth]
-        runs = torch.stack(right).int().cumprod(0).sum(0)
-        return torch.stack(losses).mean(), right[0][scored].float(), runs[scored].float()
+                right.append(torch.nn.functional.linear(states, rows).argmax(-1) == labels)
+        return torch.stack(losses).mean(), torch.stack(right) if right else own.new_zeros(0)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy over the depths, in nats per token."""
-        loss, _, _ = self._losses(batch)
+        loss, _ = self._losses(batch)
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Accumulate loss, accuracy and accepted tokens."""
-        loss, right, runs = self._losses(batch)
-        self.mean_loss.update(loss, weight=len(right))
-        self.accuracy.update(right)
-        self.accepted.update(runs)
+        loss, right = self._losses(batch)
+        self.mean_loss.update(loss, weight=right.shape[1])
+        self.accuracy.update(right[0].float())
+        self.accepted.update(right.int().cumprod(0).sum(0).float())
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation figures."""

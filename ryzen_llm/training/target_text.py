@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,13 +15,19 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from ryzen_llm.decoding import Generator, Sampling
 from ryzen_llm.errors import InputError
 
 WRITTEN_AT_ONCE = 48
 """Texts decoded together."""
+_TENSORS = ("ids", "own", "hidden_states")
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Of places in texts: what the model's output head saw there, (batch, hidden_size); the token that came
+then, which is the model's own, and the `depth` tokens after it, (batch, 1 + depth) int64; and which of these
+are the model's own, and all before them, (batch, depth) bool: others cannot be foretold."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,15 @@ def write_texts(
     writers = [_Writer(turns, longest_question) for _ in range(texts)]
     rows = [list(turns.before_user) for _ in range(texts)]
     answered = [[False] * known for _ in range(texts)]
-    question, answer = Sampling(1.0), Sampling()
+    question = Sampling(1.0)
     seen = [model.run_blocks(torch.tensor(rows, device=device), cache.append(known), cache.layers).cpu()]
     logits = model.logits(seen[0][:, -1].to(device))
+    likeliest = logits.argmax(-1)
     for time in range(known, length):
-        drawn, likeliest = question.sample(logits, rng).tolist(), answer.sample(logits).tolist()
-        for row, writer in enumerate(writers):
-            token, own = writer.next(drawn[row], likeliest[row])
+        asking = [row for row, writer in enumerate(writers) if writer.asking]
+        drawn = dict(zip(asking, question.sample(logits[asking], rng).tolist(), strict=True))
+        for row, (writer, own_choice) in enumerate(zip(writers, likeliest.tolist(), strict=True)):
+            token, own = writer.next(drawn.get(row, own_choice), own_choice)
             rows[row].append(token)
             answered[row].append(own)
         if on_token is not None:
@@ -87,7 +96,7 @@ def write_texts(
         if time + 1 < length:
             outcome = generator.fixed_width(torch.tensor([row[-1:] for row in rows], device=device), cache)
             seen.append(outcome.hidden_states.cpu())
-            logits = outcome.logits[:, 0]
+            logits, likeliest = outcome.logits[:, 0], outcome.likeliest[:, 0]
     return {"ids": torch.tensor(rows), "own": torch.tensor(answered), "hidden_states": torch.cat(seen, 1)}
 
 
@@ -100,6 +109,11 @@ class _Writer:
         self.forced: list[int] = []
         self.answering = False
         self.asked = 0
+
+    @property
+    def asking(self) -> bool:
+        """Whether the next token is drawn: only then it has to be."""
+        return not self.forced and not self.answering
 
     def next(self, drawn: int, likeliest: int) -> tuple[int, bool]:
         """The next token, and whether it is of an answer."""
@@ -118,10 +132,36 @@ class _Writer:
         return drawn, False
 
 
-class TargetTextModule(pl.LightningDataModule):
-    """Texts of a model by itself in batches, (ids, own, hidden_states) as `write_texts` gives them.
+class Places(Dataset[Batch]):
+    """Places in texts from which a draft could start: after a token of an answer that the model goes on with.
 
-    They are written once, in `prepare_data`, to `path`, batch by batch, so that an interruption costs one.
+    Args:
+        texts: As `write_texts` gives them.
+        depth: Tokens of a draft. Places with fewer tokens to come are left out.
+    """
+
+    def __init__(self, texts: dict[str, Tensor], depth: int) -> None:
+        self.ids, own = texts["ids"], texts["own"]
+        self.hidden_states = texts["hidden_states"]
+        self.own = own.unfold(1, depth + 1, 1).int().cumprod(-1).bool()  # (texts, places, 1 + depth)
+        self.places = self.own[:, 1:, 1].nonzero()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A batch, see `Batch`."""
+        text, place = self.places[indices].T
+        after = torch.arange(1, self.own.shape[-1] + 1)
+        tokens = self.ids[text[:, None], place[:, None] + after]
+        return self.hidden_states[text, place], tokens, self.own[text, place + 1, 1:]
+
+
+class TargetTextModule(pl.LightningDataModule):
+    """`Places` of texts that a model has written by itself, in batches.
+
+    The texts are written once, in `prepare_data`, to `path`, some at a time, so that an interruption costs
+    these. A batch is of places from anywhere: those of one text are too much alike.
 
     Args:
         generator: Who writes.
@@ -129,7 +169,8 @@ class TargetTextModule(pl.LightningDataModule):
         path: Folder for the texts.
         texts: How many, at least; whole batches are written.
         length: Tokens of each.
-        batch_size: Texts of a training batch.
+        depth: Tokens of a draft.
+        batch_size: Places in a batch.
         val_fraction: Share of the texts held out, at least one.
         seed: Of what is drawn, and of the order.
 
@@ -145,7 +186,8 @@ class TargetTextModule(pl.LightningDataModule):
         *,
         texts: int = 512,
         length: int = 384,
-        batch_size: int = 8,
+        depth: int = 3,
+        batch_size: int = 1024,
         val_fraction: float = 0.05,
         seed: int = 0,
     ) -> None:
@@ -155,6 +197,7 @@ class TargetTextModule(pl.LightningDataModule):
         self.path = path
         self.parts = -(-texts // WRITTEN_AT_ONCE)
         self.length = length
+        self.depth = depth
         self.batch_size = batch_size
         self.held_out = max(1, round(val_fraction * self.parts * WRITTEN_AT_ONCE))
         self.seed = seed
@@ -184,38 +227,45 @@ class TargetTextModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the texts."""
         parts = [self._read(part) for part in range(self.parts)]
-        texts = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
-        self.val = TensorDataset(*(tensor[: self.held_out] for tensor in texts))
-        self.train = TensorDataset(*(tensor[self.held_out :] for tensor in texts))
+        texts = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
+        self.val = Places({name: each[: self.held_out] for name, each in texts.items()}, self.depth)
+        self.train = Places({name: each[self.held_out :] for name, each in texts.items()}, self.depth)
 
     def vocabulary(self, size: int) -> Tensor:
         """The ids that answers use most, `size` of them at most, ascending int64."""
-        ids, own, _ = self.train.tensors
-        counts = ids[own].bincount(minlength=self.generator.model.config.vocab_size)
+        counts = self._chosen().bincount(minlength=self.generator.model.config.vocab_size)
         return counts.topk(min(size, len(counts))).indices.sort().values
 
     @property
     def unigram_entropy(self) -> float:
         """Of the tokens of answers, in nats: what a guess by frequency alone would lose at each."""
-        ids, own, _ = self.train.tensors
-        shares = ids[own].bincount() / own.sum()
-        return float(torch.special.entr(shares).sum())
+        chosen = self._chosen()
+        return float(torch.special.entr(chosen.bincount() / len(chosen)).sum())
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+    def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches."""
         order = torch.Generator().manual_seed(self.seed)
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True, generator=order)
+        return DataLoader(
+            self.train, self.batch_size, shuffle=True, drop_last=True, generator=order, collate_fn=_as_it_is
+        )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The texts held out."""
-        return DataLoader(self.val, self.batch_size)
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Places of the texts held out."""
+        return DataLoader(self.val, self.batch_size, collate_fn=_as_it_is)
+
+    def _chosen(self) -> Tensor:
+        return self.train.ids[:, : self.train.own.shape[1]][self.train.own[..., 0]]
 
     def _file(self, part: int) -> Path:
         return self.path / f"{self.length}-{self.seed + part}.safetensors"
 
-    def _read(self, part: int) -> tuple[Tensor, ...]:
+    def _read(self, part: int) -> dict[str, Tensor]:
         try:
             tensors = load_file(self._file(part))
-            return tensors["ids"], tensors["own"], tensors["hidden_states"]
+            return {name: tensors[name] for name in _TENSORS}
         except (SafetensorError, OSError, KeyError) as error:
             raise InputError(f"{self._file(part)}: damaged ({error}); delete it to write it anew") from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -12,6 +12,7 @@ DRAFTER = {
     "drafter__length": 64,
     "drafter__vocab_size": 64,
     "drafter__intermediate_size": 16,
+    "data__batch_size": 256,
     "trainer__max_epochs": 1,
     "validation_rounds": 2,
 }

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ryzen_llm.decoding.drafters.base import Draft, Drafter, DraftSession, Step
+from ryzen_llm.decoding.fixed_width import compiled, layout_of
 from ryzen_llm.decoding.huge_pages import move_to_huge_pages
 from ryzen_llm.decoding.weights import Int4Linear
 from ryzen_llm.errors import InputError
@@ -147,8 +148,10 @@ class HeadsDrafter(Drafter):
         move_to_huge_pages((*draft.parameters(), *draft.buffers()))
         draft.embedding = model.embedding
         self.depth = heads.config.depth
-        self._run = torch.compile(draft, fullgraph=True, dynamic=False) if compile else draft
+        self._run = draft.__call__
+        self._layout = layout_of(draft)
         if compile:  # each depth is a graph, and compiles before anyone takes the time
+            self._run = compiled(draft.forward)
             with torch.inference_mode(), shared_compilations():
                 for depth in range(1, self.depth + 1):
                     self.draft(weight.new_zeros(config.hidden_size), int(vocabulary[0]), depth)
@@ -159,11 +162,9 @@ class HeadsDrafter(Drafter):
 
     def draft(self, hidden_state: Tensor, token: int, most: int) -> Draft:
         """At most `most` tokens after `token`, which the model found after `hidden_state` (hidden_size,)."""
-        last = torch.tensor([token], device=hidden_state.device)
-        tokens, confidences = self._run(hidden_state[None], last, min(most, self.depth))
-        levels = (confidences * CONFIDENCE_LEVELS).long().clamp(max=CONFIDENCE_LEVELS - 1)
-        signals = [depth * CONFIDENCE_LEVELS + level for depth, level in enumerate(levels.flatten().tolist())]
-        return Draft(tokens.flatten().tolist(), signals)
+        last = torch.tensor(token, device=hidden_state.device)
+        tokens, signals = self._run(hidden_state, last, min(most, self.depth), self._layout).tolist()
+        return Draft(tokens, signals)
 
 
 def output_rows(model: Transformer, vocabulary: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def output_rows(model: Transformer, vocabulary: Tensor) -> Tensor:
 
 
 class _Unrolled(nn.Module):
-    """All of a draft's tokens at once, so that one graph holds them."""
+    """All of a draft at once, so that one graph holds it: after a pass, each call of an op takes a while."""
 
     embedding: Embedding
 
@@ -195,17 +196,23 @@ class _Unrolled(nn.Module):
             if linear.in_features % GROUP == 0 and linear.out_features % 16 == 0:
                 setattr(parent, name, Int4Linear(linear, name))
 
-    def forward(self, states: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """States (batch, hidden_size) and tokens (batch,) to ids and probabilities, (batch, depth) each."""
-        drafted, confidences = [], []
-        for _ in range(depth):
+    def forward(self, state: Tensor, token: Tensor, depth: int, layout: str) -> Tensor:
+        """State (hidden_size,) and token () to ids and signals, (2, depth) int64.
+
+        `layout` is the draft's, which is all that a compiled graph knows it by.
+        """
+        drafted, signals = [], []
+        states, tokens = state[None], token[None]
+        for d in range(depth):
             states = self.heads(states, self.embedding.lookup(tokens))
             logits = self.rows(states).float()
             highest, index = logits.max(-1)
             tokens = self.heads.vocabulary[index]
+            confidence = (highest - logits.logsumexp(-1)).exp()
+            level = (confidence * CONFIDENCE_LEVELS).long().clamp(max=CONFIDENCE_LEVELS - 1)
             drafted.append(tokens)
-            confidences.append((highest - logits.logsumexp(-1)).exp())
-        return torch.stack(drafted, -1), torch.stack(confidences, -1)
+            signals.append(d * CONFIDENCE_LEVELS + level)
+        return torch.stack((torch.cat(drafted), torch.cat(signals)))
 
 
 class _Session(DraftSession):

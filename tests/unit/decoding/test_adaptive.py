@@ -82,26 +82,40 @@ def test_a_costly_drafter_is_asked_if_it_may_pay_and_now_and_then() -> None:
     plan, expected = DraftControl(list(SECONDS), SECONDS).plan([{}])
     good, bad = taught(0.9), taught(0.1)
     for control in (good, bad):
-        control.proposed("a", 0.02)
+        control.proposed("a", 7, 0.14)
     assert good.worth_asking("a", plan, expected) in (3, 7)
     asked = [bool(bad.worth_asking("a", plan, expected)) for _ in range(PROBE_INTERVAL)]
     assert asked == [False] * (PROBE_INTERVAL - 1) + [True]
-    good.costs["a"] = 1.0
-    assert not good.worth_asking("a", plan, expected), "a token now costs as much as a step"
-    bad.costs["a"] = 1e-5
+    for _ in range(5):
+        good.proposed("a", 7, 7.0)
+        bad.proposed("a", 7, 1e-5)
+    assert not good.worth_asking("a", plan, expected), "a draft now costs as much as several steps"
     assert bad.worth_asking("a", plan, expected) == 7, "it costs next to nothing"
+
+
+def test_the_cost_of_a_draft_is_known_by_its_length() -> None:
+    """Heads take nearly as long for one token as for three, a model three times as long."""
+    control = DraftControl(list(SECONDS), SECONDS)
+    assert control.cost("a", 3) == 0
+    for seconds in (9.0, 0.3, 0.5, 0.4):  # the first compiles
+        control.proposed("a", 3, seconds)
+    assert control.cost("a", 3) == control.cost("a", 1) == pytest.approx(0.45)
+    assert control.cost("a", 7) == pytest.approx(0.45 * 7 / 3)
+    control.proposed("a", 1, 0.1)
+    assert control.cost("a", 1) == 0.1
+    assert control.cost("a", 2) == pytest.approx(0.45)
 
 
 def test_a_cheap_drafter_whose_drafts_are_not_read_is_asked_less_until_one_is() -> None:
     control = taught(0.1)
-    control.proposed("a", 1e-5)
+    control.proposed("a", 7, 1e-5)
 
     def asked(steps: int) -> int:
         count = 0
         for _ in range(steps):
             plan, expected = control.plan([{}])
             if control.worth_asking("a", plan, expected):
-                control.proposed("a", 1e-5)
+                control.proposed("a", 7, 1e-5)
                 control.settled(["a"], control.plan([{"a": draft(7)}])[0])
                 count += 1
         return count

@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from ryzen_llm.decoding import Generator, Sampling, SpeculativeDecoder
+from ryzen_llm.decoding import (
+    DraftHeads,
+    DraftModelDrafter,
+    Generator,
+    HeadsConfig,
+    HeadsDrafter,
+    Sampling,
+    SpeculativeDecoder,
+)
 from ryzen_llm.decoding.verification import verify
 from ryzen_llm.model import ModelConfig, Transformer
 
 sys.path.append(str(Path(__file__).parent))
-from adversaries import Adversary, always, repeating
+from adversaries import Adversary, always, oracle, repeating
 
 LENGTH = 3
 SAMPLES = 100_000
@@ -53,6 +61,23 @@ def chi_square(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...],
 def limit(degrees: int) -> float:
     """What chi-square exceeds about once in 30 000 times: Wilson and Hilferty's approximation."""
     return degrees * (1 - 2 / (9 * degrees) + 4 * math.sqrt(2 / (9 * degrees))) ** 3
+
+
+def toy_model() -> Transformer:
+    model = Transformer(
+        ModelConfig(
+            vocab_size=5,
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            intermediate_size=16,
+            max_position_embeddings=64,
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
 
 
 DRAFTS: dict[str, Callable[[list[int], random.Random], list[int]]] = {
@@ -98,24 +123,15 @@ def test_the_chi_square_test_can_fail() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(1.0, None, None), (0.8, 4, 0.95)])
-@pytest.mark.parametrize("name", ["suffix", "recycling", "repeating", "end of text"])
+@pytest.mark.parametrize(
+    "name", ["suffix", "recycling", "heads", "draft_model", "right", "repeating", "end of text"]
+)
 def test_generated_texts_follow_the_joint_distribution(
     name: str, settings: tuple[float, int | None, float | None]
 ) -> None:
     """The whole decoder on a toy model, 100 000 texts of three tokens, against enumerating the model."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=5,
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    model = Transformer(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    model, other = toy_model(), toy_model()
     temperature, top_k, top_p = settings
     sampling = Sampling(temperature, top_k, top_p)
     prompt = torch.tensor([1, 2, 1, 3, 1, 2])
@@ -126,11 +142,17 @@ def test_generated_texts_follow_the_joint_distribution(
             p = sampling.probabilities(logits).gather(1, torch.tensor(text)[:, None]).double().prod()
             if p > 0:
                 expected[text] = float(p)
+    generator = Generator(model, weights="fp32")
+    likeliest = max(expected, key=lambda text: expected[text])
+    heads = DraftHeads(HeadsConfig(model.config.hidden_size, 16, 3), torch.arange(5)).eval()
     drafter = {
+        "heads": HeadsDrafter(heads, generator.model),
+        "draft_model": DraftModelDrafter(other, 5),
+        "right": Adversary("right", oracle([*prompt.tolist(), *likeliest])),
         "repeating": Adversary("repeating", repeating),
         "end of text": Adversary("end of text", always(0)),
     }.get(name, name)
-    decoder = SpeculativeDecoder(Generator(model, weights="fp32"), drafter, widths=(4,))
+    decoder = SpeculativeDecoder(generator, drafter, widths=(4,))
     counts: Counter[tuple[int, ...]] = Counter()
     batch = 2000
     for seed in range(SAMPLES // batch):
@@ -143,6 +165,7 @@ def test_generated_texts_follow_the_joint_distribution(
             seed=seed * batch,
         )
         counts.update(map(tuple, out.new_ids.tolist()))
+        assert not decoder.statistics.failures
     likely = {text: p for text, p in expected.items() if p * SAMPLES >= 5}
     rest = Counter({text: n for text, n in counts.items() if text in likely})
     assert counts.keys() <= expected.keys()

@@ -8,6 +8,7 @@ import torch
 
 from ryzen_llm.decoding import Generator
 from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp as attention_is_in_cpp
+from ryzen_llm.kernels.few_rows_linear import is_in_cpp as few_rows_are_in_cpp
 from ryzen_llm.kernels.quantised_linear import is_in_cpp as product_is_in_cpp
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -88,14 +89,16 @@ def test_caches_of_any_length_find_room_among_the_compilations(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("cache", ["dense", "int4-sinks"])
-def test_a_pass_over_four_tokens_gives_what_four_over_one_give(cache: str) -> None:
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+def test_a_pass_over_four_tokens_gives_what_four_over_one_give(cache: str, weights: str) -> None:
     """To the bit: so a text is the same with drafts and without, not only nearly."""
-    generator_dtype = Generator(build(), weights="int4").dtype
-    if not (attention_is_in_cpp() and product_is_in_cpp(generator_dtype)):
+    dtype = Generator(build(), weights="int4").dtype
+    in_cpp = few_rows_are_in_cpp() if weights == "bf16" else product_is_in_cpp(dtype)
+    if not (attention_is_in_cpp() and in_cpp):
         pytest.skip("without the C++ forms rounding depends on how many tokens there are")
     torch._dynamo.reset()
     model = build(num_layers=6)  # with fewer, sums of residuals are rounded at the same places in any case
-    generator = Generator(model, weights="int4", compile=True, cache=cache)
+    generator = Generator(model, weights=weights, compile=True, cache=cache)
     tokens = torch.randint(0, 64, (1, 44), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wide, narrow = (generator.new_cache(1, 44) for _ in range(2))

@@ -11,7 +11,7 @@ from ryzen_llm.decoding import Generator, HeadsConfig, HeadsDrafter, Speculative
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.training import DraftHeadsModule, OptimizerConfig, TargetTextModule, Turns
-from ryzen_llm.training.target_text import write_texts
+from ryzen_llm.training.target_text import Places, write_texts
 
 TURNS = Turns([1, 2], [3, 4], [5, 2], frozenset({3}))
 
@@ -80,9 +80,32 @@ def test_texts_are_written_once(target: Transformer, tmp_path: Path) -> None:
         data.setup("fit")
 
 
+def test_a_place_is_where_the_model_goes_on_with_its_own_token() -> None:
+    """Against the texts, place by place."""
+    torch.manual_seed(0)
+    texts = {"ids": torch.arange(40).view(2, 20), "own": torch.rand(2, 20) < 0.7}
+    texts["hidden_states"] = torch.randn(2, 19, 4)
+    places = Places(texts, depth=3)
+    expected = [
+        (text, t)
+        for text in range(2)
+        for t in range(20 - 4)
+        if texts["own"][text, t + 1] and texts["own"][text, t + 2]
+    ]
+    assert len(places) == len(expected) > 5
+    states, tokens, own = places.__getitems__(list(range(len(places))))
+    for i, (text, t) in enumerate(expected):
+        chosen = texts["own"][text, t + 2 : t + 5].tolist()
+        assert torch.equal(states[i], texts["hidden_states"][text, t])
+        assert torch.equal(tokens[i], texts["ids"][text, t + 1 : t + 5])
+        assert own[i].tolist() == [all(chosen[: d + 1]) for d in range(3)]
+
+
 def test_trained_heads_draft_better_and_the_target_stays(target: Transformer, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    data = TargetTextModule(Generator(target, weights="fp32"), TURNS, tmp_path, texts=96, length=64)
+    data = TargetTextModule(
+        Generator(target, weights="fp32"), TURNS, tmp_path, texts=96, length=64, batch_size=256
+    )
     data.prepare_data()
     data.setup("fit")
     module = DraftHeadsModule(
@@ -100,14 +123,13 @@ def test_trained_heads_draft_better_and_the_target_stays(target: Transformer, tm
     trainer.fit(module, data)
     trained = trainer.validate(module, data, verbose=False)[0]
     assert trained["val_loss"] < untrained["val_loss"] / 2
-    assert trained["val_accepted"] > untrained["val_accepted"] + 0.5
+    assert 3 - trained["val_accepted"] < 0.7 * (3 - untrained["val_accepted"]), "of three tokens, fewer fail"
     assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
     assert all(name.startswith("heads.") for name in module.state_dict())
 
     generator = Generator(target, weights="fp32")
     decoder = SpeculativeDecoder(generator, HeadsDrafter(module.heads, generator.model), widths=(4,))
-    ids, own, _ = data.val[:4]
-    prompt = ids[0, : int(own[0].nonzero()[0])]
+    prompt = data.val.ids[0, : int(data.val.own[0, :, 0].nonzero()[0])]
     out = decoder.generate(prompt, max_new_tokens=30)
     assert out.accepted_per_step is not None
     assert out.accepted_per_step > 1.3
