@@ -114,11 +114,14 @@ def cached_attention(
     if dense and few:
         return _grouped(queries, keys.codes, values.codes, segments[0][2])
     if dense:
+        slots = keys.codes.shape[2]
+        if queries.device.type == "cpu" and not (ring or torch.compiler.is_compiling()):
+            slots = int(positions.max()) + 1  # a prompt's sums are not to depend on the room in the cache
         return F.scaled_dot_product_attention(
             queries,
-            keys.codes.to(queries.dtype),
-            values.codes.to(queries.dtype),
-            attn_mask=segments[0][2][:, None],
+            keys.codes[:, :, :slots].to(queries.dtype),
+            values.codes[:, :, :slots].to(queries.dtype),
+            attn_mask=segments[0][2][:, None, :, :slots],
             enable_gqa=True,
         )
     return _in_blocks(queries, segments)

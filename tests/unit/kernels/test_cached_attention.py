@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ryzen_llm.kernels import cached_attention, hadamard
-from ryzen_llm.kernels.cached_attention import reference
+from ryzen_llm.kernels.cached_attention import Stored, reference
 from ryzen_llm.kernels.hadamard import _kept_matrix
 
 sys.path.append(str(Path(__file__).parent))
@@ -49,6 +50,19 @@ def test_many_queries_and_keys_are_done_block_by_block() -> None:
     positions = torch.arange(1100)[None]
     got = cached_attention(queries, keys, values, positions)
     torch.testing.assert_close(got, reference(queries, keys, values, positions), atol=2e-5, rtol=2e-5)
+
+
+def test_a_prompts_attention_does_not_depend_on_the_room_in_the_cache() -> None:
+    """To the bit: a decoder that needs some more room writes the same text."""
+    torch.manual_seed(0)
+    positions = torch.arange(132)[None]
+    queries = torch.randn(1, 9, 132, 64).bfloat16()
+    keys, values = (torch.randn(1, 3, 132, 64).bfloat16() for _ in range(2))
+    contexts = []
+    for room in (0, 96, 104, 200):
+        slots = [Stored(F.pad(x, (0, 0, 0, room), value=7.0)) for x in (keys, values)]
+        contexts.append(cached_attention(queries, *slots, positions))
+    assert all(torch.equal(context, contexts[0]) for context in contexts)
 
 
 def test_the_hadamard_rotation_is_orthonormal_and_its_own_inverse() -> None:
