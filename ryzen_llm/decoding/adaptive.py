@@ -91,13 +91,13 @@ class DraftControl:
     def cost(self, name: str, most: int) -> float:
         """Seconds that a drafter takes if it is asked for `most` tokens; 0 if it has not been asked yet.
 
-        As long as for the next larger number that it has been asked for, or in proportion to the largest.
+        No longer than for a larger number that it has been asked for; beyond the largest, in proportion.
         """
         costs = self._costs[name]
         if not costs:
             return 0.0
-        known = min((each for each in costs if each >= most), default=max(costs))
-        return costs[known] * max(most / known, 1.0)
+        largest = max(costs)
+        return min((costs[each] for each in costs if each >= most), default=costs[largest] * most / largest)
 
     def settled(self, asked: Collection[str], plan: Plan) -> None:
         """Take in which plan was made of the drafts of those that were asked."""
