@@ -82,10 +82,9 @@ class DraftControl:
 
     def proposed(self, name: str, most: int, seconds: float) -> None:
         """Take in how long a drafter took when it was asked for `most` tokens of every text."""
-        self._latest[name, most].append(seconds)
-        self._costs[name][most] = median(
-            self._latest[name, most]
-        )  # the first call may have compiled something
+        latest = self._latest[name, most]
+        latest.append(seconds)
+        self._costs[name][most] = median(latest)  # the first call may have compiled something
         self._since_asked[name] = 0
 
     def cost(self, name: str, most: int) -> float:

@@ -175,7 +175,7 @@ class TargetTextModule(pl.LightningDataModule):
         seed: Of what is drawn, and of the order.
 
     Raises InputError in `prepare_data` for a length that the model cannot have, and in `setup` for a damaged
-    file.
+    file and for fewer places than a batch has.
     """
 
     def __init__(
@@ -230,6 +230,11 @@ class TargetTextModule(pl.LightningDataModule):
         texts = {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
         self.val = Places({name: each[: self.held_out] for name, each in texts.items()}, self.depth)
         self.train = Places({name: each[self.held_out :] for name, each in texts.items()}, self.depth)
+        if len(self.train) < self.batch_size:
+            raise InputError(
+                f"the texts to train on have {len(self.train)} places, expected at least batch_size = "
+                f"{self.batch_size}: write more texts, or take smaller batches"
+            )
 
     def vocabulary(self, size: int) -> Tensor:
         """The ids that answers use most, `size` of them at most, ascending int64."""

@@ -1,5 +1,6 @@
 """Draft heads compute what their formula says, and files of them are checked."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
     assert draft.tokens == expected
     assert len(set(draft.signals)) == 4, "each depth has its own"
     assert (shorter.tokens, shorter.signals) == (draft.tokens[:2], draft.signals[:2])
+
+
+def test_heads_of_another_shape_have_a_graph_of_their_own(
+    heads: DraftHeads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled draft does not look at its modules."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model, state = build(), torch.randn(32)
+    wider = DraftHeads(HeadsConfig(32, 64, 4), torch.arange(0, 100, 5))
+    for parameter in wider.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.inference_mode():
+        for each in (heads, wider.eval(), heads):
+            compiled, eager = (HeadsDrafter(each, model, compile=compile) for compile in (True, False))
+            assert compiled.draft(state, 7, 4) == eager.draft(state, 7, 4)
 
 
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int4"])

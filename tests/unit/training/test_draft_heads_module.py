@@ -67,8 +67,11 @@ def test_turns_follow_each_other_as_laid_out(target: Transformer) -> None:
 
 
 def test_texts_are_written_once(target: Transformer, tmp_path: Path) -> None:
-    data = TargetTextModule(Generator(target, weights="fp32"), TURNS, tmp_path / "texts", texts=50, length=40)
+    generator = Generator(target, weights="fp32")
+    data = TargetTextModule(generator, TURNS, tmp_path / "texts", texts=50, length=40, batch_size=1 << 20)
     data.prepare_data()
+    with pytest.raises(InputError, match="places, expected at least batch_size = 1048576"):
+        data.setup("fit")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "texts").iterdir()}
     assert len(before) == 2
     data.prepare_data()
