@@ -276,7 +276,7 @@ def plot(arms: Mapping[str, Any], path: Path, console: Console) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(categories)), categories)
     axes.set_ylabel("speed-up over the same engine's plain decoding")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     console.print(f"written: {path}")
