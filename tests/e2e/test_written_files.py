@@ -33,7 +33,9 @@ def test_a_run_writes_into_its_output_directory_and_the_cache_only(tmp_path: Pat
         "WORKING": str(unused[1]),
         "TMPDIR": str(temporary),
         "RYZEN_LLM_CACHE": str(cache),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "compiler"),  # PyTorch makes it, though nothing is compiled
+        # PyTorch keeps compiled code in places of its own, that of C++ beside modules, too.
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "compiler"),
+        "TORCH_EXTENSIONS_DIR": str(cache / "extensions"),
     }
     before = {path: path.stat().st_mtime_ns for path in corpus.iterdir()}
     done = run_script("train", arguments(corpus, output_dir), environment, prelude=WATCHED)
