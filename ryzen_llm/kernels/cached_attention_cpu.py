@@ -95,10 +95,9 @@ def append_and_attend(
 
 @functools.cache
 def _is_compiled() -> bool:
-    if not compile_beside(__file__, "attention over a cache takes PyTorch's ops, slowly"):
-        return False
-    torch.library.register_fake("ryzen_llm::append_and_attend", _shape)
-    return True
+    return compile_beside(
+        __file__, "attention over a cache takes PyTorch's ops, slowly", append_and_attend=_shape
+    )
 
 
 def _shape(queries: Tensor, *others: Tensor | int) -> Tensor:

@@ -44,10 +44,11 @@ def attend(
 
 @functools.cache
 def _is_compiled() -> bool:
-    if not compile_beside(__file__, "attention of a training step takes PyTorch's ops, slower"):
+    otherwise = "attention of a training step takes PyTorch's ops, slower"
+    if not compile_beside(
+        __file__, otherwise, causal_attention=_shapes, causal_attention_backward=_gradient_shapes
+    ):
         return False
-    torch.library.register_fake("ryzen_llm::causal_attention", _shapes)
-    torch.library.register_fake("ryzen_llm::causal_attention_backward", _gradient_shapes)
     torch.library.register_autograd("ryzen_llm::causal_attention", _differentiate, setup_context=_keep)
     return True
 

@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 
 
-def compile_beside(module_file: str, otherwise: str) -> bool:
+def compile_beside(module_file: str, otherwise: str, **shapes: Callable[..., object]) -> bool:
     """Compile the .cpp file beside a module and load its ops: up to half a minute in a machine's first call.
 
-    The file finds FOR_AVX512 or FOR_AVX2 defined where this machine, or ATEN_CPU_CAPABILITY, has it.
+    The file finds FOR_AVX512 or FOR_AVX2 defined where this machine, or ATEN_CPU_CAPABILITY, has it. `shapes`
+    has for each op a function of its arguments that makes empty results, for torch.compile.
 
     Returns False, with a warning that ends in `otherwise`, where that fails: it needs a C++ compiler and
     ninja.
@@ -43,4 +45,6 @@ def compile_beside(module_file: str, otherwise: str) -> bool:
             stacklevel=3,
         )
         return False
+    for op, shape in shapes.items():
+        torch.library.register_fake(f"ryzen_llm::{op}", shape)
     return True

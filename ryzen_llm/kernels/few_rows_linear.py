@@ -1,8 +1,8 @@
 """y = x Wᵀ of few rows in bf16 on a CPU with AVX512-BF16, in C++: weights are read once, where they are.
 
-Decoding multiplies a row or a few by every weight, which is bound by memory; PyTorch's product of one row
-reads it at half its rate. Sums are in fp32, and a row of the result does not depend on how many rows there
-are, which PyTorch's product does not promise.
+Decoding multiplies a row or a few by every weight, for which PyTorch's product takes 1.6 times as long
+(docs/speculation.md). Sums are in fp32, and a row of the result does not depend on how many rows there are,
+which PyTorch's product does not promise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ryzen_llm.kernels.cpp_extension import compile_beside
 from ryzen_llm.kernels.hardware import cpu_features
 
 MOST_ROWS = 128
-"""With more rows than that a product is bound by arithmetic, and PyTorch's is faster."""
+"""With twice as many PyTorch's product is as fast."""
 FEWEST_OUTPUTS = 4
 
 
@@ -37,10 +37,9 @@ def few_rows_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _is_compiled() -> bool:
-    if not compile_beside(__file__, "bf16 weights are multiplied by PyTorch's product, which is slower"):
-        return False
-    torch.library.register_fake("ryzen_llm::few_rows_linear", _shape)
-    return True
+    return compile_beside(
+        __file__, "bf16 weights are multiplied by PyTorch's product, which is slower", few_rows_linear=_shape
+    )
 
 
 def _shape(x: Tensor, weight: Tensor) -> Tensor:

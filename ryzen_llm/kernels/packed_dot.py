@@ -36,10 +36,9 @@ def _is_there() -> bool:
 
 @functools.cache
 def _is_compiled() -> bool:
-    if not compile_beside(__file__, "compressed embeddings are multiplied by a slower loop"):
-        return False
-    torch.library.register_fake("ryzen_llm::packed_dot", _shape)
-    return True
+    return compile_beside(
+        __file__, "compressed embeddings are multiplied by a slower loop", packed_dot=_shape
+    )
 
 
 def _shape(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:

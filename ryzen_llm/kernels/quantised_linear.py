@@ -43,10 +43,7 @@ def is_compiled() -> bool:
     slower = (
         "quantised weights use PyTorch's ops, which without bf16 arithmetic are slower than --weights fp32"
     )
-    if not compile_beside(__file__, slower):
-        return False
-    torch.library.register_fake("ryzen_llm::quantised_linear", _shape)
-    return True
+    return compile_beside(__file__, slower, quantised_linear=_shape)
 
 
 class PackedWeight(NamedTuple):

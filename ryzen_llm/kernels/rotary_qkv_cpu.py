@@ -41,10 +41,11 @@ def split_and_rotate(
 
 @functools.cache
 def _is_compiled() -> bool:
-    if not compile_beside(__file__, "the rotary embedding of a training step takes PyTorch's ops, slower"):
+    otherwise = "the rotary embedding of a training step takes PyTorch's ops, slower"
+    if not compile_beside(
+        __file__, otherwise, rotary_qkv_cpu=_shapes, rotary_qkv_cpu_backward=_gradient_shape
+    ):
         return False
-    torch.library.register_fake("ryzen_llm::rotary_qkv_cpu", _shapes)
-    torch.library.register_fake("ryzen_llm::rotary_qkv_cpu_backward", _gradient_shape)
     torch.library.register_autograd("ryzen_llm::rotary_qkv_cpu", _differentiate, setup_context=_keep)
     return True
 

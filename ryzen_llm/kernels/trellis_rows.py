@@ -117,11 +117,12 @@ def has_fast_values() -> bool:
 
 @functools.cache
 def _is_compiled() -> bool:
-    if not compile_beside(__file__, "trellis codes cannot be made here, and are read by slower loops"):
-        return False
-    torch.library.register_fake("ryzen_llm::trellis_dot", _shape_of_dot)
-    torch.library.register_fake("ryzen_llm::trellis_values", _shape_of_values)
-    return True
+    return compile_beside(
+        __file__,
+        "trellis codes cannot be made here, and are read by slower loops",
+        trellis_dot=_shape_of_dot,
+        trellis_values=_shape_of_values,
+    )
 
 
 def _shape_of_dot(x: Tensor, codes: Tensor, bits: int) -> Tensor:

@@ -148,7 +148,7 @@ class HeadsDrafter(Drafter):
         move_to_huge_pages((*draft.parameters(), *draft.buffers()))
         draft.embedding = model.embedding
         self.depth = heads.config.depth
-        self._run = draft.__call__
+        self._run = draft.forward
         self._layout = layout_of(draft)
         if compile:  # each depth is a graph, and compiles before anyone takes the time
             self._run = compiled(draft.forward)

@@ -1,4 +1,6 @@
-"""Weights of 8 and 4 bits: what the packed ops give and refuse, and that a model still says the same."""
+"""Weights of 8 and 4 bits, what the packed ops give and refuse, and that a model still says the same; and
+bf16 weights that few rows are multiplied by.
+"""
 
 from typing import Any
 
@@ -7,8 +9,9 @@ import torch
 from torch import nn
 
 from ryzen_llm.decoding import Generator
-from ryzen_llm.decoding.weights import KINDS, MOST_PACKED_ROWS, Int4Linear, Int8Linear
+from ryzen_llm.decoding.weights import KINDS, MOST_PACKED_ROWS, FewRowsLinear, Int4Linear, Int8Linear
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import few_rows_linear
 from ryzen_llm.model import ModelConfig, Transformer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -94,3 +97,14 @@ def test_a_model_says_nearly_the_same(
     assert not any(isinstance(module, nn.Linear) for module in quantised.modules())
     assert isinstance(quantised.head, Int8Linear), "4 bits in the head would cost most of the quality"
     assert any(isinstance(module, nn.Linear) for module in model.modules()), "the model itself is left alone"
+
+
+@pytest.mark.skipif(not few_rows_linear.is_in_cpp(), reason="needs AVX512-BF16 and a C++ compiler")
+@pytest.mark.parametrize("rows", [1, few_rows_linear.MOST_ROWS, few_rows_linear.MOST_ROWS + 1])
+def test_few_rows_and_many_are_multiplied_by_the_layers_own_weight(rows: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 64).bfloat16()
+    layer, x = FewRowsLinear(linear), torch.randn(1, rows, 96).bfloat16()
+    assert layer.weight is linear.weight
+    expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, atol=0.01, rtol=2**-7)
