@@ -86,6 +86,7 @@ struct Task {
   const float* shifts;    // of a query's scores, times the slot's minimum if there is one
   const Seen* seen;
   int64_t rows;
+  float factor;     // of scores
   Sum* sums;        // (rows)
   Floats* context;  // (rows, the values' vectors)
 };
@@ -134,6 +135,12 @@ class Room {
 #if defined(FOR_AVX512) || defined(FOR_AVX2)
 #pragma GCC pop_options
 #endif
+#ifdef FOR_AVX512
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#include "cached_attention_bf16.h"
+#pragma GCC pop_options
+#endif
 
 // What a model gives, (batch, heads, time, width), of fp32 or bf16.
 struct Given {
@@ -172,6 +179,7 @@ struct Call {
   Given queries;
   Side keys, values;
   Matrix query_matrix;
+  bool by_pairs = false;  // queries, keys and values are multiplied in bf16
   int64_t batch, kv_heads, groups, time, rows, ring, window, num_sinks = 0;
   const int64_t* positions = nullptr;
   int64_t text_step = 0, step = 0;
@@ -187,6 +195,8 @@ struct Call {
   int64_t slot(int64_t text, int64_t t) const { return ring ? position(text, t) % ring : position(text, t); }
   int64_t texts_heads() const { return batch * kv_heads; }
   int64_t context_vectors() const { return std::max(values.slots.vectors(), values.sinks.vectors()); }
+
+  float factor() const { return 1 / std::sqrt(static_cast<float>(queries.width)); }
 
   // A thread is not woken for less than sixteen rows.
   int64_t grain() const { return 16 / rows + 1; }
@@ -238,8 +248,11 @@ void prepare(Call& call, int64_t text, int64_t head) {
   const Stored &slots = call.keys.slots, &sinks = call.keys.sinks;
   given.resize(call.rows * width), turned.resize(call.rows * width);
   call.queries.read(text, head * call.groups, call.groups, given.data());
-  const float factor = 1 / std::sqrt(static_cast<float>(width));
-  for (float& x : given) x *= factor;
+  if (call.by_pairs) {  // exactly what they are; scores are divided then
+    std::copy(given.begin(), given.end(), reinterpret_cast<float*>(call.prepared + row * slots.vectors()));
+    return;
+  }
+  for (float& x : given) x *= call.factor();
   for (int64_t r = 0; r < call.rows && call.num_sinks; ++r) {
     const float *query = &given[r * width], *offset = &call.offsets[row / call.rows * width];
     put_in_place(query, sinks, call.prepared_for_sinks + (row + r) * sinks.vectors());
@@ -285,9 +298,12 @@ void attend_to_span(Call& call, int64_t i) {
   task.queries = (in_sinks ? call.prepared_for_sinks : call.prepared) + head * call.rows * task.keys.vectors();
   task.shifts = (in_sinks ? call.shifts_of_sinks : call.shifts).data() + head * call.rows;
   task.seen = (in_sinks ? call.seen_of_sinks : call.seen).data() + text * call.rows;
-  task.rows = call.rows;
+  task.rows = call.rows, task.factor = call.by_pairs ? call.factor() : 1;
   task.sums = call.sums.data() + i * call.rows;
   task.context = call.contexts + i * call.rows * call.context_vectors();
+#ifdef FOR_AVX512
+  if (call.by_pairs) return attend_pairs(task, scores.of(room_for_pairs(task)));
+#endif
   attend(task, scores.of(call.rows * PARTS));
 }
 
@@ -453,6 +469,11 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   call.keys.rotated = rotated_keys, call.values.rotated = rotated_values;
   if (rotated_keys && !transformed) call.keys.matrix = hadamard_matrix(width);
   if (rotated_values) call.values.matrix = hadamard_matrix(width);
+#ifdef FOR_AVX512
+  const auto in_bf16 = [](const Stored& stored) { return stored.codes == Codes::BF16; };
+  call.by_pairs = has_pairs() && call.queries.bf16 && in_bf16(call.keys.slots) && in_bf16(call.values.slots) &&
+                  width % (2 * LANES) == 0 && !sinks && !rotated_keys && !rotated_values && !transformed;
+#endif
 
   thread_local Room query_room, context_room;
   call.shifts.resize(call.texts_heads() * call.rows), call.shifts_of_sinks.resize(call.shifts.size());

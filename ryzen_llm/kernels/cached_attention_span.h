@@ -92,7 +92,7 @@ struct Slots {
   Ints held[PARTS];
 
   INLINE explicit Slots(const Task& task) {
-    widen(task.keys.scale, task.row, task.count, 1, scale);
+    widen(task.keys.scale, task.row, task.count, task.factor, scale);
     widen(task.keys.minimum, task.row, task.count, 1, minimum);
     widen(task.values.scale, task.row, task.count, 1, value_scale);
     widen(task.values.minimum, task.row, task.count, 0, value_minimum);

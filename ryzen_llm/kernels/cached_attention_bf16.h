@@ -1,0 +1,130 @@
+// Attention of some queries over a span where they, keys and values are in bf16: sixteen pairs of numbers are multiplied
+// at once, with sums in fp32 (AVX512-BF16). Of the softmax's weights bf16 is kept, as in FlashAttention.
+
+constexpr int MOST_QUERIES = 8;  // whose sums stay in registers
+
+bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+
+INLINE __m512bh pairs_at(const void* from) { return (__m512bh)_mm512_loadu_si512(from); }
+INLINE __m512bh pair_everywhere(const uint16_t* pair) { return (__m512bh)_mm512_set1_epi32(load<int32_t>(pair)); }
+INLINE Floats plus_pairs(Floats sum, __m512bh a, __m512bh b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
+
+// What was lane j of vector i becomes lane i of vector j.
+INLINE void transpose(Ints* x) {
+  Ints y[LANES];
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES; i += 2) {
+    y[i] = PICKED(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    y[i + 1] = PICKED(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = PICKED(y[i + j], y[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      x[i + 2 * j + 1] = PICKED(y[i + j], y[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+#pragma GCC unroll 2
+  for (int i = 0; i < LANES; i += 8)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      y[i + j] = PICKED(x[i + j], x[i + j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+      y[i + j + 4] = PICKED(x[i + j], x[i + j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    x[j] = PICKED(y[j], y[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    x[j + 8] = PICKED(y[j], y[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+}
+
+// The keys of a span, sixteen by sixteen, each pair of channels in a vector. Behind the last key is that key again.
+void turn_keys(const Task& task, Ints* turned) {
+  for (int64_t k = 0; k < task.count; k += LANES)
+    for (int64_t c = 0; c < task.keys.width; c += 2 * LANES, turned += LANES) {
+      for (int64_t i = 0; i < LANES; ++i)
+        turned[i] = load<Ints>(task.keys.row(task.row + std::min(k + i, task.count - 1)) + c * sizeof(uint16_t));
+      transpose(turned);
+    }
+}
+
+// Queries times keys, (ROWS, SPAN).
+template <int ROWS>
+INLINE void score_pairs(const Task& task, const Ints* turned, const uint16_t* queries, Floats* scores) {
+  const int64_t width = task.keys.width, pairs = width / 2;
+  for (int64_t part = 0; part * LANES < task.count; ++part, turned += pairs) {
+    Floats even[ROWS] = {}, odd[ROWS] = {};
+    for (int64_t p = 0; p < pairs; p += 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        even[r] = plus_pairs(even[r], pairs_at(turned + p), pair_everywhere(queries + r * width + 2 * p));
+        odd[r] = plus_pairs(odd[r], pairs_at(turned + p + 1), pair_everywhere(queries + r * width + 2 * p + 2));
+      }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) scores[r * PARTS + part] = even[r] + odd[r];
+  }
+}
+
+// The contexts have the weights, (ROWS, SPAN) in bf16, times the values added to them.
+template <int ROWS>
+INLINE void mix_pairs(const Task& task, const uint16_t* weights, Floats* contexts) {
+  const int64_t vectors = task.values.vectors();
+  for (int64_t v = 0; v < vectors; v += 2) {
+    Floats low[ROWS] = {}, high[ROWS] = {};
+    for (int64_t k = 0; k < task.count; k += 2) {
+      const auto at = [&](int64_t i) INLINED {
+        return _mm512_loadu_si512(task.values.row(task.row + std::min(i, task.count - 1)) + v * LANES * sizeof(uint16_t));
+      };
+      const __m512i first = at(k), second = at(k + 1);
+      const auto lows = (__m512bh)_mm512_unpacklo_epi16(first, second), highs = (__m512bh)_mm512_unpackhi_epi16(first, second);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const __m512bh weight = pair_everywhere(weights + r * SPAN + k);
+        low[r] = plus_pairs(low[r], lows, weight), high[r] = plus_pairs(high[r], highs, weight);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      contexts[r * vectors + v] += PICKED(low[r], high[r], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+      contexts[r * vectors + v + 1] += PICKED(low[r], high[r], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+  }
+}
+
+// The nearest numbers in bf16.
+INLINE void round_pairs(const Floats* x, int64_t vectors, uint16_t* to) {
+  for (int64_t v = 0; v < vectors; v += 2)
+    _mm512_storeu_si512(to + v * LANES, (__m512i)_mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]));
+}
+
+template <int ROWS>
+void attend_rows(const Task& task, const Slots& slots, const Ints* turned, int64_t row, Floats* room) {
+  const int64_t width = task.keys.width, vectors = task.keys.vectors();
+  auto* const rounded = reinterpret_cast<uint16_t*>(room + ROWS * PARTS);  // queries, then weights
+  round_pairs(task.queries + row * vectors, ROWS * vectors, rounded);  // which they are already
+  score_pairs<ROWS>(task, turned, rounded, room);
+  for (int r = 0; r < ROWS; ++r) {
+    weigh(task, slots, row + r, room + r * PARTS);
+    std::fill(room + r * PARTS + (task.count + LANES - 1) / LANES, room + (r + 1) * PARTS, Floats{});
+  }
+  round_pairs(room, ROWS * PARTS, rounded);
+  mix_pairs<ROWS>(task, rounded, task.context + row * task.values.vectors());
+}
+
+void attend_pairs(const Task& task, Floats* room) {
+  auto* const turned = reinterpret_cast<Ints*>(room);
+  turn_keys(task, turned);
+  const Slots slots(task);
+  room += PARTS * task.keys.width / 2;
+  int64_t row = 0;
+  for (; row + MOST_QUERIES <= task.rows; row += MOST_QUERIES) attend_rows<MOST_QUERIES>(task, slots, turned, row, room);
+  for (; row + 4 <= task.rows; row += 4) attend_rows<4>(task, slots, turned, row, room);
+  if (task.rows - row == 3) attend_rows<3>(task, slots, turned, row, room);
+  if (task.rows - row == 2) attend_rows<2>(task, slots, turned, row, room);
+  if (task.rows - row == 1) attend_rows<1>(task, slots, turned, row, room);
+}
+
+// Vectors of room that `attend_pairs` needs.
+int64_t room_for_pairs(const Task& task) {
+  return PARTS * task.keys.width / 2 + MOST_QUERIES * (PARTS + std::max(task.keys.vectors(), PARTS));
+}
