@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t OUTPUTS = 4, MOST_ROWS = 4, STEP = 32;
 constexpr int64_t GRAIN = 16;  // blocks of outputs
+constexpr int64_t AHEAD = 8192;  // numbers of the matrix; beyond its end nothing is read
 
 INLINE __m128 quarter(__m512 x) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
@@ -27,7 +28,7 @@ WITH_BF16 void multiply(const uint16_t* x, const uint16_t* weight, int64_t input
 #pragma GCC unroll 4
     for (int o = 0; o < OUTPUTS; ++o) {
       w[o] = (__m512bh)_mm512_maskz_loadu_epi16(there, weight + o * inputs + i);
-      _mm_prefetch(weight + (OUTPUTS + o) * inputs + i, _MM_HINT_T0);  // the next block's
+      _mm_prefetch(weight + o * inputs + i + AHEAD, _MM_HINT_T1);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
