@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -78,10 +79,20 @@ struct Sum {
   float highest = NOTHING, total = 0;
 };
 
+// New tokens that are a tree: of each, which of them the text up to it is made of, (count, count) of ascending numbers.
+struct Tail {
+  int64_t first = 0, count = 0;  // slot of the first; none if they follow each other
+  const int32_t* paths = nullptr;
+
+  // Of the query that sees up to position `last`, in a row of queries: which new token its text has in a slot.
+  int64_t at(int64_t row, int64_t slot) const { return paths[row % count * count + slot - first]; }
+};
+
 struct Task {
   Stored keys, values;
   int64_t row, slot, count;  // the span's first row in all heads' slots, its first slot, and its slots
   Held held;
+  Tail tail;
   const Floats* queries;  // (rows, the keys' vectors)
   const float* shifts;    // of a query's scores, times the slot's minimum if there is one
   const Seen* seen;
@@ -89,6 +100,15 @@ struct Task {
   float factor;     // of scores
   Sum* sums;        // (rows)
   Floats* context;  // (rows, the values' vectors)
+
+  // How many of its slots hold the same for all queries.
+  int64_t common() const { return tail.count ? std::clamp<int64_t>(tail.first - slot, 0, count) : count; }
+  // The new tokens, whichever span they are in.
+  Task of_tail() const {
+    Task task = *this;
+    task.row += tail.first - slot, task.slot = tail.first, task.count = tail.count;
+    return task;
+  }
 };
 
 // (width, width) for each head, of one of two types; of neither if there is none.
@@ -183,6 +203,8 @@ struct Call {
   int64_t batch, kv_heads, groups, time, rows, ring, window, num_sinks = 0;
   const int64_t* positions = nullptr;
   int64_t text_step = 0, step = 0;
+  bool tree = false;
+  std::vector<int32_t> paths;  // (batch, time, time), see `Tail`
   const float* offset = nullptr;  // (kv_heads, width), given with the matrices
   // What follows is worked out from these.
   int64_t used = 0, in_slots = 0, spans = 0;
@@ -192,7 +214,10 @@ struct Call {
   std::vector<Sum> sums;
 
   int64_t position(int64_t text, int64_t t) const { return positions[text * text_step + t * step]; }
-  int64_t slot(int64_t text, int64_t t) const { return ring ? position(text, t) % ring : position(text, t); }
+  int64_t slot(int64_t text, int64_t t) const {
+    if (tree) return position(text, 0) + t;
+    return ring ? position(text, t) % ring : position(text, t);
+  }
   int64_t texts_heads() const { return batch * kv_heads; }
   int64_t context_vectors() const { return std::max(values.slots.vectors(), values.sinks.vectors()); }
 
@@ -295,6 +320,7 @@ void attend_to_span(Call& call, int64_t i) {
     task.held = {static_cast<int32_t>(last - last % call.ring), static_cast<int32_t>(last),
                  static_cast<int32_t>(call.ring)};
   }
+  if (call.tree && !in_sinks) task.tail = {call.position(text, 0), call.time, &call.paths[text * call.time * call.time]};
   task.queries = (in_sinks ? call.prepared_for_sinks : call.prepared) + head * call.rows * task.keys.vectors();
   task.shifts = (in_sinks ? call.shifts_of_sinks : call.shifts).data() + head * call.rows;
   task.seen = (in_sinks ? call.seen_of_sinks : call.seen).data() + text * call.rows;
@@ -304,7 +330,8 @@ void attend_to_span(Call& call, int64_t i) {
 #ifdef FOR_AVX512
   if (call.by_pairs) return attend_pairs(task, scores.of(room_for_pairs(task)));
 #endif
-  attend(task, scores.of(call.rows * PARTS));
+  Floats* const room = scores.of(2 * call.rows * PARTS);
+  attend(task, room, room + call.rows * PARTS);
 }
 
 // The spans' contexts of one query of a key head, weighted by `shares`.
@@ -446,9 +473,32 @@ void check(const Call& call, const Tensor& queries, const Tensor& new_keys, cons
                   positions.scalar_type(), " do not fit");
 }
 
+// What the bits of `ancestors` say. Where all tokens follow each other, there is no tree.
+void find_paths(Call& call, const Tensor& ancestors) {
+  STD_TORCH_CHECK(ancestors.dim() == 2 && ancestors.size(0) == call.batch && ancestors.size(1) == call.time &&
+                      ancestors.scalar_type() == ScalarType::Long && ancestors.is_contiguous() && call.time <= 32,
+                  "append_and_attend: ancestors are ", shape(ancestors), " ", ancestors.scalar_type(), ", expected [",
+                  call.batch, ", ", call.time, "] int64, contiguous, of at most 32 tokens");
+  const int64_t* bits = ancestors.const_data_ptr<int64_t>();
+  call.paths.resize(call.batch * call.time * call.time);
+  for (int64_t b = 0; b < call.batch; ++b)
+    for (int64_t t = 0; t < call.time; ++t) {
+      const int64_t seen = bits[b * call.time + t], depth = __builtin_popcountll(seen) - 1;
+      STD_TORCH_CHECK(seen >> t == 1 && seen & 1 && call.position(b, t) - call.position(b, 0) == depth &&
+                          call.position(b, 0) >= call.num_sinks && !call.ring,
+                      "append_and_attend: token ", t, " at position ", call.position(b, t), " with ancestors ", seen,
+                      ", expected itself and others before it, of which the first one at ", call.position(b, 0),
+                      " is one, as many as it is further; no tree is in a ring buffer or among the first ", call.num_sinks);
+      int32_t* path = &call.paths[(b * call.time + t) * call.time];
+      for (int64_t i = 0; i <= t; ++i)
+        if (seen >> i & 1) *path++ = static_cast<int32_t>(i);
+      call.tree |= depth < t;
+    }
+}
+
 // (batch, time, heads, width), typed like the queries, which are (batch, heads, time, width) as keys and values are.
 Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& memory,
-                         const Tensor& positions, int64_t key_codes, int64_t value_codes, int64_t sink_codes,
+                         const Tensor& positions, const std::optional<Tensor>& ancestors, int64_t key_codes, int64_t value_codes, int64_t sink_codes,
                          int64_t sinks, int64_t fine, int64_t ring, int64_t window, bool rotated_keys,
                          bool rotated_values, bool transformed) {
   Call call = {Given(queries), {Given(new_keys)}, {Given(new_values)}};
@@ -459,6 +509,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   check(call, queries, new_keys, new_values, positions, fine, static_cast<Codes>(key_codes) == Codes::INT4);
   call.positions = positions.const_data_ptr<int64_t>();
   call.text_step = positions.size(0) == 1 ? 0 : positions.stride(0), call.step = positions.stride(1);
+  if (ancestors) find_paths(call, *ancestors);
   const int64_t taken = find_fixed(call, memory, static_cast<Codes>(sink_codes), transformed);
   find_slots(call, memory, taken, static_cast<Codes>(key_codes), static_cast<Codes>(value_codes), fine);
   for (int64_t b = 0; b < call.batch; ++b)
@@ -494,11 +545,11 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
   });
 
   for (int64_t b = 0; b < call.batch; ++b) {
-    call.used = std::max(call.used, ring ? call.keys.slots.slots : call.position(b, call.time - 1) + 1);
     for (int64_t r = 0; r < call.rows; ++r) {
       const int64_t at = call.position(b, r % call.time), first = window ? std::max<int64_t>(at - window + 1, 0) : 0;
       call.seen.push_back({static_cast<int32_t>(std::max(first, call.num_sinks)), static_cast<int32_t>(at)});
       call.seen_of_sinks.push_back({static_cast<int32_t>(first), static_cast<int32_t>(at)});
+      call.used = std::max(call.used, ring ? call.keys.slots.slots : at + 1);
     }
   }
   call.in_slots = (call.used + SPAN - 1) / SPAN, call.spans = call.in_slots + (call.num_sinks > 0);
@@ -528,7 +579,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
   m.def(
       "append_and_attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) memory, Tensor positions, "
-      "int key_codes, int value_codes, int sink_codes, int sinks, int fine, int ring, int window, bool rotated_keys, "
+      "Tensor? ancestors, int key_codes, int value_codes, int sink_codes, int sinks, int fine, int ring, int window, bool rotated_keys, "
       "bool rotated_values, bool transformed) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("append_and_attend", TORCH_BOX(&append_and_attend)); }

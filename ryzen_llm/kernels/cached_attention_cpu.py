@@ -40,6 +40,7 @@ def append_and_attend(
     memory: Tensor,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     positions: Tensor,
+    ancestors: Tensor | None = None,
     *,
     sinks: int = 0,
     fine: int = 0,
@@ -64,7 +65,11 @@ def append_and_attend(
             such, those of 4 bytes a number first, then of 2.
         dtypes: Of keys' codes, of values' codes and of the sinks: fp32, bf16, int8 or, for packed codes,
             uint8.
-        positions: As of `cached_attention`, like `ring` and `window`.
+        positions: As of `cached_attention`, like `ring` and `window`; but for a tree, ascending by one.
+        ancestors: (batch, time) int64, for new tokens that are a tree, of at most 32: the bits of a number say
+            which of them the text up to a token is made of, itself and the first one included. Token i is
+            stored in slot positions[0] + i, and attends to its own text as if that were all there is, to the
+            bit. Not with a `ring`, nor among the `sinks`.
         sinks: How many first tokens are kept as they are; later keys are stored less the mean of theirs,
             or the transform's offset.
         fine: How many channels of packed keys have 8 bits, see `cache.Int4`.
@@ -82,6 +87,7 @@ def append_and_attend(
         new_values,
         memory,
         positions,
+        ancestors,
         *(_CODES.index(dtype) for dtype in dtypes),
         sinks,
         fine,
@@ -100,6 +106,6 @@ def _is_compiled() -> bool:
     )
 
 
-def _shape(queries: Tensor, *others: Tensor | int) -> Tensor:
+def _shape(queries: Tensor, *others: Tensor | int | None) -> Tensor:
     batch, heads, time, head_dim = queries.shape
     return queries.new_empty(batch, time, heads, head_dim)

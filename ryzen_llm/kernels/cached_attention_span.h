@@ -38,19 +38,20 @@ constexpr int BLOCK = 2;
 template <Codes CODES, int ROWS, int COUNT, bool WHOLE>
 INLINE void mix_block(const Task& task, int64_t row, int64_t v, const float* weights) {
   const uint8_t* bytes = task.values.row(task.row);
-  Floats sums[ROWS][COUNT] = {};
+  Floats sums[ROWS][COUNT], *context = task.context + row * task.values.vectors() + v;
+  for (int r = 0; r < ROWS; ++r)
+    for (int c = 0; c < COUNT; ++c) sums[r][c] = context[r * task.values.vectors() + c];
   for (int64_t k = 0; k < task.count; ++k, bytes += task.values.row_bytes) {
     Floats value[COUNT];
     read<CODES, COUNT, WHOLE>(task.values, bytes, v, value);
     for (int r = 0; r < ROWS; ++r)
       for (int c = 0; c < COUNT; ++c) sums[r][c] = plus(sums[r][c], all(weights[(row + r) * SPAN + k]), value[c]);
   }
-  Floats* context = task.context + row * task.values.vectors() + v;
   for (int r = 0; r < ROWS; ++r)
-    for (int c = 0; c < COUNT; ++c) context[r * task.values.vectors() + c] += sums[r][c];
+    for (int c = 0; c < COUNT; ++c) context[r * task.values.vectors() + c] = sums[r][c];
 }
 
-// The context has the weights times the values added to it.
+// The context has the weights times the values added to it, one after the other.
 template <Codes CODES, int ROWS>
 INLINE void mix(const Task& task, int64_t row, const float* weights) {
   constexpr int unit = vectors_at_once(CODES);
@@ -91,6 +92,7 @@ struct Slots {
   Floats scale[PARTS], minimum[PARTS], value_scale[PARTS], value_minimum[PARTS];
   Ints held[PARTS];
 
+  Slots() {}  // any numbers
   INLINE explicit Slots(const Task& task) {
     widen(task.keys.scale, task.row, task.count, task.factor, scale);
     widen(task.keys.minimum, task.row, task.count, 1, minimum);
@@ -128,22 +130,65 @@ INLINE void weigh(const Task& task, const Slots& slots, int64_t row, Floats* sco
   std::fill_n(task.context + row * vectors, vectors, all(sum(common)));
 }
 
-void attend(const Task& task, Floats* scores) {
-  switch (task.keys.codes) {
-    case Codes::FP32: score_all<Codes::FP32>(task, scores); break;
-    case Codes::BF16: score_all<Codes::BF16>(task, scores); break;
-    case Codes::INT8: score_all<Codes::INT8>(task, scores); break;
-    case Codes::INT4: score_all<Codes::INT4>(task, scores); break;
+// Where new tokens are a tree, a query has those of its own text in its slots, as if no others had come with them. What
+// it does not see may be any number.
+INLINE void put_tail(const Task& task, int64_t row, const Slots& of_tail, const Floats* tail_scores, Slots& slots,
+                     Floats* scores) {
+  const int64_t seen = std::min<int64_t>(task.count, task.seen[row].last + 1 - task.slot);
+  for (int64_t k = task.common(); k < seen; ++k) {
+    const int64_t i = task.tail.at(row, task.slot + k);
+    const auto put = [&](const Floats* from, Floats* to) INLINED {
+      reinterpret_cast<float*>(to)[k] = reinterpret_cast<const float*>(from)[i];
+    };
+    put(tail_scores, scores);
+    put(of_tail.scale, slots.scale), put(of_tail.minimum, slots.minimum);
+    put(of_tail.value_scale, slots.value_scale), put(of_tail.value_minimum, slots.value_minimum);
   }
-  const Slots slots(task);
-  for (int64_t row = 0; row < task.rows; ++row) weigh(task, slots, row, scores + row * PARTS);
-  const auto* weights = reinterpret_cast<const float*>(scores);
+}
+
+void score_all(const Task& task, Floats* scores) {
+  switch (task.keys.codes) {
+    case Codes::FP32: return score_all<Codes::FP32>(task, scores);
+    case Codes::BF16: return score_all<Codes::BF16>(task, scores);
+    case Codes::INT8: return score_all<Codes::INT8>(task, scores);
+    case Codes::INT4: return score_all<Codes::INT4>(task, scores);
+  }
+}
+
+void mix_all(const Task& task, const float* weights) {
   switch (task.values.codes) {
     case Codes::FP32: return mix_all<Codes::FP32>(task, weights);
     case Codes::BF16: return mix_all<Codes::BF16>(task, weights);
     case Codes::INT8: return mix_all<Codes::INT8>(task, weights);
     case Codes::INT4: return mix_all<Codes::INT4>(task, weights);
   }
+}
+
+void attend(const Task& task, Floats* scores, Floats* tail_scores) {
+  score_all(task, scores);
+  Slots slots(task);
+  const auto* weights = reinterpret_cast<const float*>(scores);
+  if (task.common() == task.count) {
+    for (int64_t row = 0; row < task.rows; ++row) weigh(task, slots, row, scores + row * PARTS);
+    return mix_all(task, weights);
+  }
+  const Task tail = task.of_tail();
+  const Slots of_tail(tail);
+  score_all(tail, tail_scores);
+  for (int64_t row = 0; row < task.rows; ++row) {
+    put_tail(task, row, of_tail, tail_scores + row * PARTS, slots, scores + row * PARTS);
+    weigh(task, slots, row, scores + row * PARTS);
+  }
+  Task part = task;
+  part.count = task.common();
+  mix_all(part, weights);
+  part.rows = part.count = 1;
+  for (int64_t row = 0; row < task.rows; ++row)
+    for (int64_t k = task.common(); k < task.count && task.slot + k <= task.seen[row].last; ++k) {
+      part.row = tail.row + task.tail.at(row, task.slot + k);
+      part.context = task.context + row * task.values.vectors();
+      mix_all(part, weights + row * SPAN + k);
+    }
 }
 
 // `to` += `share` * `from`.

@@ -95,7 +95,14 @@ class Case:
             for position in row:
                 self.held[text, position % self.layer.ring if self.layer.ring else position] = position
 
-    def run(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    def run(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        ancestors: Tensor | None = None,
+    ) -> Tensor:
         layer = self.layer
         self.note(positions)
         layer.prepare_to_compile()
@@ -107,6 +114,7 @@ class Case:
             layer.memory,
             dtypes(layer),
             positions,
+            ancestors,
             sinks=layer.format.sinks,
             fine=layer.keys.width - self.head_dim,
             ring=layer.ring,
@@ -211,6 +219,60 @@ def test_a_query_gives_the_same_alone_and_with_others(
         assert torch.equal(one, all_at_once[:, :, t : t + 1])
 
 
+PARENTS = [-1, 0, 0, 1, 2, 2, 5, 3, 6]
+"""Of a tree's tokens: the token that each follows."""
+
+
+def path_to(token: int) -> list[int]:
+    return [*path_to(PARENTS[token]), token] if token >= 0 else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [5, 119, 125, 128, 300])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_of_a_tree_sees_its_own_text(
+    name: str, ragged: bool, length: int, dtype: torch.dtype
+) -> None:
+    """To the bit what it sees where that is all there is, also over the edge of a span, and in odd slots."""
+    setting: dict[str, Any] = {"dtype": dtype, "length": max(length, 12) if ragged else length}
+    tree = Case(name, ragged=ragged, **setting)
+    new = tree.vectors(len(PARENTS))
+    paths = [path_to(token) for token in range(len(PARENTS))]
+    bits = torch.tensor([sum(1 << i for i in path) for path in paths]).expand(2, -1).contiguous()
+    depths = torch.tensor([len(path) - 1 for path in paths])
+    got = tree.run(*new, tree.positions(1)[:, :1] + depths, bits)
+    for token, path in enumerate(paths):
+        alone = Case(name, ragged=ragged, **setting)
+        alone.vectors(len(PARENTS))
+        expected = alone.run(*(x[:, :, path] for x in new), alone.positions(len(path)))
+        assert torch.equal(got[:, :, token], expected[:, :, -1])
+
+
+@pytest.mark.parametrize(
+    ("ancestors", "message"),
+    [
+        (torch.tensor([[1, 3, 7]]), r"ancestors are \[1, 3\]"),
+        (torch.tensor([[1, 3, 7]] * 2).int(), "expected .* int64"),
+        (torch.tensor([[1, 3, 5]] * 2), "token 2 at position 22 with ancestors 5"),
+        (torch.tensor([[1, 3, 6]] * 2), "token 2 at position 22 with ancestors 6"),
+        (torch.tensor([[1, 3, 15]] * 2), "token 2 at position 22 with ancestors 15"),
+    ],
+    ids=["texts", "integers", "depth", "no first", "later ones"],
+)
+def test_ancestors_that_are_no_tree_are_refused(ancestors: Tensor, message: str) -> None:
+    case = Case("int8", length=20)
+    with pytest.raises(RuntimeError, match=message):
+        case.run(*case.vectors(3), case.positions(3), ancestors)
+
+
+def test_no_tree_is_among_the_first_tokens_or_in_a_ring() -> None:
+    """Where siblings would be kept in one place, or might overwrite what others see."""
+    for case in (Case("int4-sinks", length=2), Case("dense", length=300, window=100)):
+        with pytest.raises(RuntimeError, match="no tree is in a ring buffer or among the first"):
+            case.run(*case.vectors(2), case.positions(2), torch.tensor([[1, 3]] * 2))
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_is_rounded_where_it_is_said_to_be(name: str, setting: dict[str, Any]) -> None:
@@ -302,6 +364,7 @@ def test_the_op_is_what_it_is_registered_as(name: str) -> None:
             *case.vectors(3),
             layer.memory,
             case.positions(3),
+            None,
             *(CODES.index(dtype) for dtype in dtypes(layer)),
             layer.format.sinks,
             layer.keys.width - 64,
