@@ -69,6 +69,7 @@ class KVCache:
         self._lengths = [0] * batch_size  # shared with the views that `row` gives
         self._rows = range(batch_size)
         self._reserved = 0  # tokens that there is room for
+        self._appended = 0  # tokens that the last `append` added
         self._longest = [0] * batch_size  # ever held: what a ring buffer has overwritten follows from it
 
     @property
@@ -106,7 +107,8 @@ class KVCache:
         else:
             positions = new + torch.tensor(lengths, device=self.device)[:, None]
         for layer in self.layers:
-            layer.positions = positions
+            layer.positions, layer.ancestors = positions, None
+        self._appended = num_tokens
         for row in self._rows:
             self._lengths[row] += num_tokens
             self._longest[row] = max(self._longest[row], self._lengths[row])
@@ -137,6 +139,26 @@ class KVCache:
             self._lengths[row] = wanted
             if not wanted:
                 self._longest[row] = 0
+
+    def keep(self, kept: Sequence[Sequence[int]]) -> None:
+        """Of the tokens that the last `append` added, have each text go on with these only.
+
+        They are numbered from 0 and ascending. What another token stands for is moved, what comes after is
+        forgotten. Raises InputError as `truncate` does, and for tokens of a ring buffer that would be moved.
+        """
+        lengths = self.lengths
+        for row, (length, indices) in enumerate(zip(lengths, kept, strict=True)):
+            first = length - self._appended
+            moved = [(i, place) for place, i in enumerate(indices) if i != place]
+            if moved:
+                if any(layer.ring for layer in self.layers):
+                    raise InputError("cache: tokens of a ring buffer cannot be moved: keep the first ones only")
+                source, target = (torch.tensor(part, device=self.device) + first for part in zip(*moved))
+                for layer in self.layers:
+                    layer.move(row, source, target)
+        self.truncate(
+            [length - self._appended + len(i) for length, i in zip(lengths, kept, strict=True)]
+        )
 
     def reset(self) -> None:
         """Forget every token."""

@@ -34,12 +34,14 @@ class LayerCache:
             each, before every step. None until that begins.
         sinks: Keys and values of the first tokens, (2, batch, kv_heads, sinks, head_dim); None for none.
         positions: (1, time) or (batch, time) int64, those that the last `KVCache.append` gave out.
+        ancestors: Of `append_and_attend`, for new tokens that are a tree where this layer `reads_trees`.
         ring: Slots of the ring buffer of a layer with a window; 0 where slot and position are the same.
         most_slots: What it can grow to.
         key_transform: Of the format's `Transform`, on the device; empty for none.
     """
 
     positions: Tensor
+    ancestors: Tensor | None = None
 
     def __init__(
         self,
@@ -87,6 +89,17 @@ class LayerCache:
     def num_slots(self) -> int:
         """How many tokens fit as it is now."""
         return self.keys.codes.shape[2]
+
+    @property
+    def reads_trees(self) -> bool:
+        """Whether new tokens may be a tree, in compiled code."""
+        return self.memory is not None and not self.ring
+
+    def move(self, row: int, source: Tensor, target: Tensor) -> None:
+        """Have the slots `target` of a text hold what the slots `source` do; both int64, without a ring."""
+        for part in (*self.keys, *self.values):
+            if part is not None:
+                part[row, :, target] = part[row, :, source]
 
     def grow(self, num_slots: int) -> None:
         """Make room for `num_slots` tokens. Tensors are copied one after the other: only one exists twice."""
@@ -176,6 +189,7 @@ class LayerCache:
                 self.memory,
                 self._dtypes,
                 positions,
+                self.ancestors,
                 sinks=self.format.sinks,
                 fine=self._fine,
                 ring=self.ring,

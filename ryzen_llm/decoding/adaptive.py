@@ -7,6 +7,7 @@ from itertools import accumulate
 from operator import mul
 from statistics import median
 
+from ryzen_llm.decoding.draft_tree import DraftTree
 from ryzen_llm.decoding.drafters import Draft
 
 MEMORY = 64
@@ -45,11 +46,11 @@ class AcceptanceRates:
 
 @dataclass(frozen=True)
 class Plan:
-    """The width of the next pass and, for each text, the draft that fits it best and whose it is."""
+    """The width of the next pass and, for each text, the draft that fits it best and whose each token is."""
 
     width: int
     drafts: Sequence[Draft]
-    names: Sequence[str | None]
+    names: Sequence[Sequence[str]]
 
 
 class DraftControl:
@@ -101,16 +102,26 @@ class DraftControl:
     def settled(self, asked: Collection[str], plan: Plan) -> None:
         """Take in which plan was made of the drafts of those that were asked."""
         for name in asked:
-            read = plan.width > 1 and name in plan.names
+            read = any(name in names for names in plan.names)
             self._unread[name] = 0 if read else self._unread[name] + 1
 
     def learn(self, name: str, draft: Draft, truth: Sequence[int]) -> None:
         """Take in what the text's next tokens were, as far as they tell; a draft need not have been used."""
-        for depth, (token, signal, true) in enumerate(zip(draft.tokens, draft.signals, truth, strict=False)):
-            self.rates.learn((name, signal), token == true)
-            self.rates.learn((name, "depth", depth), token == true)
-            if token != true:
+        last = -1
+        for depth, true in enumerate(truth):
+            right = None
+            asked = False
+            for index, parent in enumerate(draft.follows):
+                if parent == last:
+                    asked = True
+                    if draft.tokens[index] == true:
+                        right = index
+                    self.rates.learn((name, draft.signals[index]), draft.tokens[index] == true)
+            if asked:
+                self.rates.learn((name, "depth", depth), right is not None)
+            if right is None:
                 break
+            last = right
 
     def worth_asking(self, name: str, plan: Plan, expected: float) -> int:
         """How many tokens to ask a drafter for: as many as might beat the plan and its `expected`, or 0."""
@@ -132,31 +143,22 @@ class DraftControl:
         due = self._since_asked[name] >= PROBE_INTERVAL
         return width - 1 if due or rate > expected / self.seconds[plan.width] else 0
 
-    def plan(self, candidates: Sequence[Mapping[str, Draft]]) -> tuple[Plan, float]:
-        """The best plan for the drafts by name that there are for each text, and the tokens it expects."""
-        gains = [{name: self._gains(name, draft) for name, draft in drafts.items()} for drafts in candidates]
-        best: tuple[float, int, list[tuple[float, str | None]]] | None = None
-        for width in self.widths:
-            worths: list[tuple[float, str | None]] = [
-                max(
-                    ((gain[min(width, len(gain)) - 1], name) for name, gain in by_name.items()),
-                    default=(1.0, None),
-                )
-                for by_name in gains
-            ]
-            rate = sum(worth for worth, _ in worths) / self.seconds[width]
-            if best is None or rate > best[0]:
-                best = rate, width, worths
-        assert best is not None
-        _, width, worths = best
-        drafts = [
-            Draft() if name is None else by[name] for by, (_, name) in zip(candidates, worths, strict=True)
-        ]
-        chosen = [Draft(draft.tokens[: width - 1], draft.signals[: width - 1]) for draft in drafts]
-        return Plan(width, chosen, [name for _, name in worths]), sum(worth for worth, _ in worths)
+    def plan(
+        self, candidates: Sequence[Mapping[str, Draft]], branching: bool = False
+    ) -> tuple[Plan, float]:
+        """The best plan for the drafts by name that there are for each text, and the tokens it expects.
 
-    def _gains(self, name: str, draft: Draft) -> list[float]:
-        return _tokens_expected([self.rates[name, signal] for signal in draft.signals])
+        `branching` says whether a pass can read a tree of tokens.
+        """
+        most = self.widths[-1] - 1
+        trees = [
+            DraftTree(drafts, lambda *kind: self.rates[kind], branching=branching, most=most)
+            for drafts in candidates
+        ]
+        expected = {width: sum(tree.gains[width - 1] for tree in trees) for width in self.widths}
+        width = max(self.widths, key=lambda width: expected[width] / self.seconds[width])
+        drafts, names = zip(*(tree.first(width - 1) for tree in trees), strict=True)
+        return Plan(width, drafts, names), expected[width]
 
 
 def _tokens_expected(rates: Sequence[float]) -> list[float]:

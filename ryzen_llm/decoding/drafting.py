@@ -17,6 +17,9 @@ from ryzen_llm.decoding.drafters import Draft, Drafter, DraftSession, Step
 
 T = TypeVar("T")
 
+MOST_DRAFTED = 128
+"""Tokens of a tree; what a drafter proposes beyond is not looked at."""
+
 
 @dataclass
 class SpeculationStatistics:
@@ -70,11 +73,14 @@ class Drafting:
             begin = functools.partial(self._begin, drafter, texts, hidden_states)
             self._guarded(drafter.name, begin)
 
-    def plan(self, rows: Sequence[int], room: Sequence[int]) -> Plan:
-        """Drafts for the texts of these `rows`, each of at most `room` tokens."""
+    def plan(self, rows: Sequence[int], room: Sequence[int], branching: bool) -> Plan:
+        """Drafts for the texts of these `rows`, each of at most `room` tokens in a row.
+
+        `branching` says whether the pass can read a tree of tokens.
+        """
         started = time.perf_counter()
         self._asked = [{} for _ in rows]
-        best, expected = self.control.plan(self._asked)
+        best, expected = self.control.plan(self._asked, branching)
         for name in sorted(self._sessions, key=lambda name: self.control.cost(name, 1)):
             most = self.control.worth_asking(name, best, expected)
             if not most:
@@ -86,7 +92,7 @@ class Drafting:
             self.control.proposed(name, most, time.perf_counter() - asked_at)
             for asked, draft in zip(self._asked, drafts, strict=True):
                 asked[name] = draft
-            best, expected = self.control.plan(self._asked)
+            best, expected = self.control.plan(self._asked, branching)
         self.control.settled(self._asked[0], best)
         self.statistics.drafting_seconds += time.perf_counter() - started
         return best
@@ -96,13 +102,12 @@ class Drafting:
         started = time.perf_counter()
         statistics = self.statistics
         statistics.passes[plan.width] = statistics.passes.get(plan.width, 0) + 1
-        for asked, draft, name, step in zip(self._asked, plan.drafts, plan.names, steps, strict=True):
+        for asked, names, step in zip(self._asked, plan.names, steps, strict=True):
             statistics.steps += 1
             statistics.tokens += len(step.accepted)
-            if name is not None:
-                stood = sum(a == b for a, b in zip(draft.tokens, step.accepted, strict=False))
-                statistics.drafted[name] = statistics.drafted.get(name, 0) + len(draft.tokens)
-                statistics.accepted[name] = statistics.accepted.get(name, 0) + stood
+            for index, name in enumerate(names, start=1):
+                statistics.drafted[name] = statistics.drafted.get(name, 0) + 1
+                statistics.accepted[name] = statistics.accepted.get(name, 0) + (index in step.stood)
             for each, drafted in asked.items():
                 self.control.learn(each, drafted, step.accepted)
         for name in list(self._sessions):
@@ -126,12 +131,18 @@ class Drafting:
         ]
 
     def _checked(self, draft: Draft, most: int) -> Draft:
-        tokens, signals = (list(islice(part, most)) for part in (draft.tokens, draft.signals))
-        if len(tokens) != len(signals) or not all(type(part) is int for part in (*tokens, *signals)):
-            raise ValueError("tokens and signals are not as many, or not all int")
+        longest = most if draft.parents is None else MOST_DRAFTED
+        tokens, signals = (list(islice(part, longest)) for part in (draft.tokens, draft.signals))
+        parents = range(-1, len(tokens) - 1) if draft.parents is None else list(islice(draft.parents, longest))
+        if not len(tokens) == len(signals) == len(parents) or not all(
+            type(number) is int for number in (*tokens, *signals, *parents)
+        ):
+            raise ValueError("tokens, signals and parents are not as many, or not all int")
         if not all(0 <= token < self.vocab_size for token in tokens):
             raise ValueError(f"a token is not from 0 to {self.vocab_size - 1}")
-        return Draft(tokens, signals)
+        if not all(-1 <= parent < index for index, parent in enumerate(parents)):
+            raise ValueError("a token follows one that does not come before it")
+        return Draft(tokens, signals) if draft.parents is None else _cut(Draft(tokens, signals, parents), most)
 
     def _guarded(self, name: str, work: Callable[[], T]) -> T | None:
         """The result of a drafter's work; None, without that drafter from here on, if it fails."""
@@ -146,3 +157,16 @@ class Drafting:
                 stacklevel=2,
             )
             return None
+
+
+def _cut(draft: Draft, most: int) -> Draft:
+    """What is at most `most` tokens from the text."""
+    kept: list[tuple[int, int, int]] = []
+    places, depths = [-1], [0]  # by index, one more than the token's
+    for token, signal, parent in zip(draft.tokens, draft.signals, draft.follows, strict=True):
+        depths.append(depths[parent + 1] + 1)
+        places.append(len(kept))
+        if depths[-1] <= most:
+            kept.append((token, signal, places[parent + 1]))
+    tokens, signals, parents = zip(*kept, strict=True) if kept else ((), (), ())
+    return Draft(tokens, signals, parents)

@@ -62,8 +62,26 @@ class FixedWidthPass:
         self._compiled: set[torch.Size] = set()
         self._prepared: weakref.ref[Tensor] | None = None
 
-    def __call__(self, tokens: Tensor, cache: KVCache) -> Outcome:
-        """What follows each of `tokens` (batch, width) int64, which are added to `cache`."""
+    def reads_trees(self, cache: KVCache) -> bool:
+        """Whether the tokens of the next pass may be a tree, and each be read as if its text were all there is.
+
+        The C++ attention does, of compiled passes on a CPU, from the second one on.
+        """
+        return (
+            self.compile
+            and self.device.type == "cpu"
+            and all(layer.reads_trees for layer in cache.layers)
+            and min(cache.lengths) >= max(layer.format.sinks for layer in cache.layers)
+        )
+
+    def __call__(
+        self, tokens: Tensor, cache: KVCache, parents: Sequence[Sequence[int]] | None = None
+    ) -> Outcome:
+        """What follows each of `tokens` (batch, width) int64, which are added to `cache`.
+
+        Where that `reads_trees`, `parents` may say for each token of each text which one it follows, -1 for the
+        first, which the others all follow; otherwise each follows the one before.
+        """
         width = tokens.shape[1]
         if self.device.type == "cuda":
             if cache is not self._cache:
@@ -75,8 +93,12 @@ class FixedWidthPass:
         positions = cache.append(width)
         if width > 1:  # texts of one length take the graph of texts of different lengths
             positions = positions.view(-1, width).expand(tokens.shape)
+            ancestors = None
+            if self.compile:
+                depths, ancestors = _tree(parents or [range(-1, width - 1)] * len(tokens))
+                positions = positions[:, :1] + depths
             for layer in cache.layers:
-                layer.positions = positions
+                layer.positions, layer.ancestors = positions, ancestors
         # Outside the graph, which would compute them in every layer and, of one token, not to the same bit.
         ropes = self.model.rotary_tables(positions)
         if not self.compile:
@@ -122,6 +144,19 @@ class FixedWidthPass:
         hidden_states = self.model.run_blocks(tokens, positions, layers, ropes)
         logits = self.model.logits(hidden_states)
         return Outcome(logits, hidden_states, logits.argmax(-1), logits.isfinite().all())
+
+
+def _tree(parents: Sequence[Sequence[int]]) -> Tensor:
+    """How far each token is from the first and, by bits, which ones it follows and itself: (2, batch, width)."""
+    depths, ancestors = [], []
+    for row in parents:
+        depth, seen = [0], [1]
+        for index, parent in enumerate(row[1:], start=1):
+            depth.append(depth[parent] + 1)
+            seen.append(seen[parent] | 1 << index)
+        depths.append(depth)
+        ancestors.append(seen)
+    return torch.tensor([depths, ancestors])
 
 
 P = ParamSpec("P")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ryzen_llm.cache import KVCache
 from ryzen_llm.decoding.adaptive import DraftControl
-from ryzen_llm.decoding.drafters import Drafter, Step, build_drafters
+from ryzen_llm.decoding.drafters import Draft, Drafter, Step, build_drafters
 from ryzen_llm.decoding.drafting import Drafting, SpeculationStatistics
 from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.sampling import Sampling
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ryzen_llm.decoding.generator import Generator
 
 WIDTHS = (1, 2, 4, 8)
-WIDEST = 64
+WIDEST = 32
 
 
 @dataclass
@@ -151,15 +151,20 @@ class SpeculativeDecoder:
     ) -> None:
         """One pass of the model over all texts; those that have ended read their last token again."""
         rows = [row for row, text in enumerate(texts) if not text.ended]
-        plan = drafting.plan(rows, [max_new_tokens - len(texts[row].new) - 1 for row in rows])
-        drafts = {row: list(draft.tokens) for row, draft in zip(rows, plan.drafts, strict=True)}
-        inputs = []
+        fixed_width = self.generator.fixed_width
+        branching = fixed_width.reads_trees(cache)
+        room = [max_new_tokens - len(texts[row].new) - 1 for row in rows]
+        plan = drafting.plan(rows, room, branching)
+        drafts = dict(zip(rows, plan.drafts, strict=True))
+        inputs, parents = [], []
         for row, text in enumerate(texts):
-            known = text.new[-1:] + drafts.get(row, [])
-            inputs.append(known + known[:1] * (plan.width - len(known)))
-        lengths = list(cache.lengths)
+            draft = drafts.get(row, Draft())
+            filler = plan.width - 1 - len(draft.tokens)
+            inputs.append([text.new[-1], *draft.tokens, *text.new[-1:] * filler])
+            parents.append([-1, *(parent + 1 for parent in draft.follows), *[0] * filler])
+        tokens = torch.tensor(inputs, device=self.generator.device)
         started = time.perf_counter()
-        outcome = self.generator.fixed_width(torch.tensor(inputs, device=self.generator.device), cache)
+        outcome = fixed_width(tokens, cache, parents if branching else None)
         require_finite(outcome.finite, self.generator.dtype)
         predictions: list[list[int]] = outcome.likeliest.tolist()
         drafting.control.passed(plan.width, time.perf_counter() - started)
@@ -170,16 +175,25 @@ class SpeculativeDecoder:
             return int(sampling.sample(outcome.logits[row, i : i + 1], texts[row].rng))
 
         steps = []
+        kept: list[list[int]] = [[] for _ in texts]
         for row in rows:
             text = texts[row]
-            accepted = verify(
-                drafts[row], functools.partial(draw, row), stops, max_new_tokens - len(text.new)
-            )
+            room_left = max_new_tokens - len(text.new)
+            accepted, kept[row] = verify(drafts[row], functools.partial(draw, row), stops, room_left)
             text.new += accepted
             text.ended = accepted[-1] in stops or len(text.new) == max_new_tokens
-            lengths[row] += len(accepted)
-            steps.append(Step(inputs[row], predictions[row], accepted, outcome.hidden_states[row]))
-        cache.truncate(lengths)
+            read = 1 + len(drafts[row].tokens)
+            steps.append(
+                Step(
+                    inputs[row][:read],
+                    parents[row][:read],
+                    predictions[row][:read],
+                    accepted,
+                    kept[row],
+                    outcome.hidden_states[row],
+                )
+            )
+        cache.keep(kept)
         drafting.learn(rows, plan, steps)
 
     def _control(self, cache: KVCache) -> DraftControl:

@@ -485,7 +485,7 @@ void find_paths(Call& call, const Tensor& ancestors) {
     for (int64_t t = 0; t < call.time; ++t) {
       const int64_t seen = bits[b * call.time + t], depth = __builtin_popcountll(seen) - 1;
       STD_TORCH_CHECK(seen >> t == 1 && seen & 1 && call.position(b, t) - call.position(b, 0) == depth &&
-                          call.position(b, 0) >= call.num_sinks && !call.ring,
+                          (depth == t || (call.position(b, 0) >= call.num_sinks && !call.ring)),
                       "append_and_attend: token ", t, " at position ", call.position(b, t), " with ancestors ", seen,
                       ", expected itself and others before it, of which the first one at ", call.position(b, 0),
                       " is one, as many as it is further; no tree is in a ring buffer or among the first ", call.num_sinks);
@@ -498,9 +498,9 @@ void find_paths(Call& call, const Tensor& ancestors) {
 
 // (batch, time, heads, width), typed like the queries, which are (batch, heads, time, width) as keys and values are.
 Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Tensor& new_values, const Tensor& memory,
-                         const Tensor& positions, const std::optional<Tensor>& ancestors, int64_t key_codes, int64_t value_codes, int64_t sink_codes,
-                         int64_t sinks, int64_t fine, int64_t ring, int64_t window, bool rotated_keys,
-                         bool rotated_values, bool transformed) {
+                         const Tensor& positions, const std::optional<Tensor>& ancestors, int64_t key_codes,
+                         int64_t value_codes, int64_t sink_codes, int64_t sinks, int64_t fine, int64_t ring,
+                         int64_t window, bool rotated_keys, bool rotated_values, bool transformed) {
   Call call = {Given(queries), {Given(new_keys)}, {Given(new_values)}};
   const int64_t width = call.queries.width;
   call.batch = queries.size(0), call.kv_heads = call.keys.given.heads, call.time = call.queries.time;

@@ -9,16 +9,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens that may come next.
+    """Tokens that may come next: one text, or a tree of several.
 
     Attributes:
-        tokens: Their ids, in order.
+        tokens: Their ids; a token comes after the one that it follows.
         signals: For each token, which of its drafter's kinds of guess it is (a length of match, a
             confidence), so that each kind's running acceptance can be kept apart.
+        parents: For each token, the index of the one that it follows, -1 for the text's last; None where each
+            follows the one before.
     """
 
     tokens: Sequence[int] = ()
     signals: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+
+    @property
+    def follows(self) -> Sequence[int]:
+        """The `parents`, also where they are None."""
+        return range(-1, len(self.tokens) - 1) if self.parents is None else self.parents
 
 
 @dataclass(frozen=True)
@@ -26,15 +34,19 @@ class Step:
     """What one pass of the model over the last token and a draft showed.
 
     Attributes:
-        inputs: Ids that the model read, `width` of them; beyond the draft they are filler.
-        predictions: The likeliest token after each of them, given all before it.
+        inputs: Ids that the model read: the text's last one and what was drafted.
+        parents: For each of them, the index of the one that it follows; -1 for the first.
+        predictions: The likeliest token after each of them, given those that it follows.
         accepted: The text's new tokens.
+        stood: Which inputs the text is made of, as many as `accepted`: each is what came before one of these.
         hidden_states: What the output head saw at each input, (width, hidden_size).
     """
 
     inputs: Sequence[int]
+    parents: Sequence[int]
     predictions: Sequence[int]
     accepted: Sequence[int]
+    stood: Sequence[int]
     hidden_states: Tensor
 
 
@@ -43,7 +55,7 @@ class DraftSession(ABC):
 
     @abstractmethod
     def propose(self, most: int) -> Draft:
-        """At most `most` tokens to follow the text so far."""
+        """What may follow the text so far, at most `most` tokens in a row."""
 
     @abstractmethod
     def update(self, step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,13 @@ from ryzen_llm.kernels.quantised_linear import GROUP
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
 
-CONFIDENCE_LEVELS = 8
+CONFIDENCE_LEVELS = 12
+BRANCHES = 4
+"""Tokens that are drafted after one."""
+MOST_STATES = 4
+"""Of the drafted tokens of one depth, how many are followed."""
+UNLIKELY = 0.02
+"""Tokens that are less likely than this, with all that they follow, are left out."""
 _MOST = {"hidden_size": 1 << 20, "intermediate_size": 1 << 20, "depth": 16}
 FORMAT = "ryzen-llm draft heads 1"
 
@@ -118,7 +125,9 @@ class DraftHeads(nn.Module):
 
 
 class HeadsDrafter(Drafter):
-    """Drafts with `DraftHeads`; its signal is how likely the token seems, at which depth.
+    """Drafts trees with `DraftHeads`; its signal is how likely the token seems, at which depth.
+
+    The likeliest texts are followed (Li et al. 2024, "EAGLE-2", arXiv:2406.16858).
 
     The matrix is taken from `model`, quantised like the heads to 4 bits where a CPU can multiply these:
     drafts need no precision.
@@ -161,10 +170,21 @@ class HeadsDrafter(Drafter):
         return _Session(self, tokens[-1], hidden_state)
 
     def draft(self, hidden_state: Tensor, token: int, most: int) -> Draft:
-        """At most `most` tokens after `token`, which the model found after `hidden_state` (hidden_size,)."""
+        """At most `most` tokens in a row after `token`, which the model found after `hidden_state`.
+
+        That is (hidden_size,).
+        """
         last = torch.tensor(token, device=hidden_state.device)
-        tokens, signals = self._run(hidden_state, last, min(most, self.depth), self._layout).tolist()
-        return Draft(tokens, signals)
+        drafted = self._run(hidden_state, last, min(most, self.depth), self._layout).tolist()
+        places = {-1: -1}
+        tokens, signals, parents = [], [], []
+        for index, (token, signal, parent, permille) in enumerate(zip(*drafted, strict=True)):
+            if permille >= 1000 * UNLIKELY:  # then what it follows is, too
+                places[index] = len(tokens)
+                tokens.append(token)
+                signals.append(signal)
+                parents.append(places[parent])
+        return Draft(tokens, signals, parents)
 
 
 def output_rows(model: Transformer, vocabulary: Tensor) -> Tensor:
@@ -197,22 +217,31 @@ class _Unrolled(nn.Module):
                 setattr(parent, name, Int4Linear(linear, name))
 
     def forward(self, state: Tensor, token: Tensor, depth: int, layout: str) -> Tensor:
-        """State (hidden_size,) and token () to ids and signals, (2, depth) int64.
+        """State (hidden_size,) and token () to a tree of up to `depth` tokens in a row, (4, tokens) int64.
 
+        Its ids, signals, parents (see `Draft`) and how likely each is with all that it follows, in permille.
         `layout` is the draft's, which is all that a compiled graph knows it by.
         """
-        drafted, signals = [], []
+        drafted: list[Tensor] = []
+        branches = min(BRANCHES, len(self.heads.vocabulary))
         states, tokens = state[None], token[None]
+        indices = torch.full_like(tokens, -1)
+        above = torch.zeros_like(tokens, dtype=torch.float32)
         for d in range(depth):
             states = self.heads(states, self.embedding.lookup(tokens))
-            logits = self.rows(states).float()
-            highest, index = logits.max(-1)
-            tokens = self.heads.vocabulary[index]
-            confidence = (highest - logits.logsumexp(-1)).exp()
-            level = (confidence * CONFIDENCE_LEVELS).long().clamp(max=CONFIDENCE_LEVELS - 1)
-            drafted.append(tokens)
-            signals.append(d * CONFIDENCE_LEVELS + level)
-        return torch.stack((torch.cat(drafted), torch.cat(signals)))
+            chances, found = self.rows(states).float().log_softmax(-1).topk(branches)
+            level = (chances * (-2 / math.log(2))).long().clamp(max=CONFIDENCE_LEVELS - 1)
+            joint = (above[:, None] + chances).flatten()
+            ids = self.heads.vocabulary[found].flatten()
+            signals = d * CONFIDENCE_LEVELS + level.flatten()
+            parents = indices[:, None].expand_as(found).flatten()
+            permille = (joint.exp() * 1000).long()
+            first = sum(part.shape[1] for part in drafted)
+            drafted.append(torch.stack((ids, signals, parents, permille)))
+            if d + 1 < depth:
+                above, followed = joint.topk(min(MOST_STATES, len(joint)))
+                states, tokens, indices = states[followed // branches], ids[followed], first + followed
+        return torch.cat(drafted, 1)
 
 
 class _Session(DraftSession):
@@ -226,4 +255,4 @@ class _Session(DraftSession):
 
     def update(self, step: Step) -> None:
         self.token = step.accepted[-1]
-        self.hidden_state = step.hidden_states[len(step.accepted) - 1]
+        self.hidden_state = step.hidden_states[step.stood[-1]]

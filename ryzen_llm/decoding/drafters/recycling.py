@@ -60,9 +60,11 @@ class _Session(DraftSession):
         return Draft(tokens, signals)
 
     def update(self, step: Step) -> None:
-        context = self.recent[:-1]
-        for token, prediction in zip(step.inputs, step.predictions, strict=True):
-            context.append(token)
+        contexts: list[list[int]] = []
+        for token, parent, prediction in zip(step.inputs, step.parents, step.predictions, strict=False):
+            before = self.recent[:-1] if parent < 0 else contexts[parent][-max(CONTEXTS) + 1 :]
+            context = [*before, token]
+            contexts.append(context)
             for order, table in zip(CONTEXTS, self.tables, strict=True):
                 if len(context) >= order:
                     _note(table, tuple(context[-order:]), prediction)

@@ -72,6 +72,9 @@ FAILING: dict[str, Adversary] = {
     "strings": Adversary("strings", lambda text, most: Draft(["a"] * most, [0] * most)),  # type: ignore[list-item]
     "floats": Adversary("floats", lambda text, most: Draft([1.0] * most, [0] * most)),  # type: ignore[list-item]
     "signals": Adversary("signals", lambda text, most: Draft([1] * most, [])),
+    "no parents": Adversary("no parents", lambda text, most: Draft([1, 2], [0, 0], [-1])),
+    "later parents": Adversary("later parents", lambda text, most: Draft([1, 2], [0, 0], [1, -1])),
+    "parents that are none": Adversary("parents that are none", lambda text, most: Draft([1], [0], [-2])),
     "too large": Adversary("too large", always(101)),
     "negative": Adversary("negative", always(-1)),
 }

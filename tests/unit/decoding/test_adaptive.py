@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ryzen_llm.decoding import Draft
 from ryzen_llm.decoding.adaptive import IDLE, IDLE_INTERVAL, PROBE_INTERVAL, DraftControl
+from ryzen_llm.decoding.draft_tree import DraftTree
 
 SECONDS = {1: 1.0, 4: 1.5, 8: 2.5}
 
@@ -55,8 +56,73 @@ def test_the_draft_that_promises_more_is_taken() -> None:
     control = taught(0.9, "good")
     for _ in range(100):
         control.rates.learn(("bad", 0), False)
-    assert control.plan([{"bad": draft(7), "good": draft(3)}])[0].names == ["good"]
-    assert control.plan([{"bad": draft(7)}, {"good": draft(7)}])[0].names[1] == "good"
+    other = Draft([6] * 7, [0] * 7)
+    assert control.plan([{"bad": other, "good": draft(3)}])[0].names == [["good"] * 3]
+    assert control.plan([{"bad": other}, {"good": draft(7)}])[0].names[1] == ["good"] * 7
+
+
+TREES = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 9)), max_size=7).map(
+    lambda rows: Draft(
+        [token for token, _, _ in rows],
+        [signal for _, signal, _ in rows],
+        [max(index - back, -1) for index, (_, _, back) in enumerate(rows)],
+    )
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(TREES, min_size=1, max_size=2), st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4))
+def test_the_best_part_of_a_tree_is_read(drafts: list[Draft], rates: list[float]) -> None:
+    """Against trying every part of the drafts that hangs together, or every text in them."""
+    known: dict[tuple[int, ...], float] = {(): 1.0}
+    for each in drafts:
+        texts: list[tuple[int, ...]] = []
+        for token, parent in zip(each.tokens, each.follows, strict=True):
+            texts.append((*(texts[parent] if parent >= 0 else ()), token))
+        for text, signal in zip(texts, each.signals, strict=True):
+            known[text] = max(known.get(text, 0.0), rates[signal])
+
+    def chance(text: tuple[int, ...]) -> float:
+        return math.prod(known[text[:size]] for size in range(1, len(text) + 1))
+
+    named = {str(number): each for number, each in enumerate(drafts)}
+    texts = [text for text in known if text]
+    for count in range(4):
+        trees = [
+            part
+            for part in itertools.combinations(texts, min(count, len(texts)))
+            if all(text[:-1] in part or len(text) == 1 for text in part)
+        ]
+        best = max(1 + sum(map(chance, part)) for part in trees)
+        tree = DraftTree(named, lambda _, signal: rates[signal], branching=True, most=4)
+        assert tree.gains[count] == pytest.approx(best)
+        assert 1 + sum(chances_of(tree.first(count)[0], known)) == pytest.approx(best)
+        longest = max(
+            sum(chance(text[:size]) for size in range(len(text) + 1)) for text in known if len(text) <= count
+        )
+        one = DraftTree(named, lambda _, signal: rates[signal], branching=False, most=4)
+        assert one.gains[count] == pytest.approx(longest)
+        assert 1 + sum(chances_of(one.first(count)[0], known)) == pytest.approx(longest)
+        assert list(one.first(count)[0].follows) == list(range(-1, len(one.first(count)[0].tokens) - 1))
+
+
+def chances_of(draft: Draft, known: dict[tuple[int, ...], float]) -> list[float]:
+    """Of each token of a draft, by the rates of the texts that it makes."""
+    texts: list[tuple[int, ...]] = []
+    found: list[float] = []
+    for token, parent in zip(draft.tokens, draft.follows, strict=True):
+        texts.append((*(texts[parent] if parent >= 0 else ()), token))
+        found.append(known[texts[-1]] * (found[parent] if parent >= 0 else 1.0))
+    return found
+
+
+def test_siblings_are_learnt_from_and_what_follows_the_right_one() -> None:
+    control = DraftControl(list(SECONDS), SECONDS)
+    tree = Draft([1, 2, 5, 5, 6], [0, 1, 2, 3, 4], [-1, -1, 0, 1, 3])
+    control.learn("a", tree, [2, 5, 9])
+    rates = [control.rates["a", signal] for signal in range(5)]
+    assert rates == [0.25, 0.75, 0.5, 0.75, 0.25], "5 after 1 was not tried"
+    assert [control.rates["a", "depth", depth] for depth in range(4)] == [0.75, 0.75, 0.25, 0.5]
 
 
 def test_rates_follow_a_text_that_changes() -> None:

@@ -1,19 +1,25 @@
 """Drafters find what they say they find; how often that helps is measured, not tested."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ryzen_llm.decoding import Draft, Drafter, RecyclingDrafter, Step, SuffixDrafter
+from ryzen_llm.decoding.drafters.recycling import CONTEXTS
 from ryzen_llm.decoding.drafters.suffix_automaton import SuffixAutomaton
 
 HIDDEN = torch.zeros(1)
 TEXTS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
 
-def step(inputs: list[int], predictions: list[int], accepted: list[int]) -> Step:
-    return Step(inputs, predictions, accepted, HIDDEN)
+def step(
+    inputs: list[int], predictions: list[int], accepted: list[int], parents: Sequence[int] | None = None
+) -> Step:
+    follows = range(-1, len(inputs) - 1) if parents is None else parents
+    return Step(inputs, follows, predictions, accepted, range(len(accepted)), HIDDEN)
 
 
 def occurrences(text: list[int], part: list[int]) -> list[int]:
@@ -101,6 +107,17 @@ def test_predictions_are_reused_also_after_rejected_tokens() -> None:
     assert propose(drafter, [2], 9).tokens == [3, 8, 4], "the table is kept from text to text"
     drafter.forget()
     assert propose(drafter, [2], 9).tokens == []
+
+
+def test_predictions_in_a_tree_are_after_what_they_follow() -> None:
+    drafter = RecyclingDrafter()
+    session = drafter.begin([1, 2], HIDDEN)
+    session.update(step([2, 8, 9, 7], [3, 4, 5, 6], [3], parents=[-1, 0, 0, 2]))  # 2 8, 2 9 and 2 9 7
+    assert propose(drafter, [1, 2, 8], 1).tokens == [4]
+    assert propose(drafter, [1, 2, 9], 1).tokens == [5]
+    assert propose(drafter, [2, 9, 7], 1).tokens == propose(drafter, [6, 9, 7], 1).tokens == [6]
+    assert propose(drafter, [8, 9], 1).tokens == propose(drafter, [9], 1).tokens
+    assert (8, 9) not in drafter.tables[CONTEXTS.index(2)], "9 did not follow 8"
 
 
 def test_the_longer_context_decides() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ryzen_llm.decoding import (
+    Draft,
     DraftHeads,
     DraftModelDrafter,
     Generator,
@@ -25,7 +26,7 @@ from ryzen_llm.decoding.verification import verify
 from ryzen_llm.model import ModelConfig, Transformer
 
 sys.path.append(str(Path(__file__).parent))
-from adversaries import Adversary, always, oracle, repeating
+from adversaries import Adversary, always, draft, oracle, repeating
 
 LENGTH = 3
 SAMPLES = 100_000
@@ -80,14 +81,23 @@ def toy_model() -> Transformer:
     return model.eval()
 
 
-DRAFTS: dict[str, Callable[[list[int], random.Random], list[int]]] = {
-    "none": lambda text, rng: [],
-    "likeliest": lambda text, rng: [0, 0],
-    "unlikely": lambda text, rng: [1, 2],
-    "end of text": lambda text, rng: [2, 2, 2],
-    "repeating": lambda text, rng: text[-1:] * 3,
-    "random": lambda text, rng: rng.choices(range(3), k=rng.randrange(4)),
-    "by what was drawn": lambda text, rng: [(text[-1] + len(text)) % 3, 0],
+def random_tree(rng: random.Random, vocab_size: int = 3) -> Draft:
+    """Siblings may be alike."""
+    size = rng.randrange(7)
+    tokens = rng.choices(range(vocab_size), k=size)
+    return Draft(tokens, [0] * size, [rng.randrange(-1, index) for index in range(size)])
+
+
+DRAFTS: dict[str, Callable[[list[int], random.Random], Draft]] = {
+    "none": lambda text, rng: draft([]),
+    "likeliest": lambda text, rng: draft([0, 0]),
+    "unlikely": lambda text, rng: draft([1, 2]),
+    "end of text": lambda text, rng: draft([2, 2, 2]),
+    "repeating": lambda text, rng: draft(text[-1:] * 3),
+    "random": lambda text, rng: draft(rng.choices(range(3), k=rng.randrange(4))),
+    "by what was drawn": lambda text, rng: draft([(text[-1] + len(text)) % 3, 0]),
+    "every token": lambda text, rng: Draft([0, 1, 2] * 2, [0] * 6, [-1, -1, -1, 1, 1, 1]),
+    "trees": lambda text, rng: random_tree(rng),
 }
 
 
@@ -100,10 +110,9 @@ def test_verified_drafts_leave_the_joint_distribution(name: str) -> None:
     for _ in range(SAMPLES):
         text = [0]
         while len(text) <= LENGTH and (len(text) == 1 or text[-1] != 2):
-            draft = DRAFTS[name](text, rng)
-
-            draw = functools.partial(draw_after, rng, [text[-1], *draft])
-            text += verify(draft, draw, {2}, LENGTH + 1 - len(text))
+            drafted = DRAFTS[name](text, rng)
+            draw = functools.partial(draw_after, rng, [text[-1], *drafted.tokens])
+            text += verify(drafted, draw, {2}, LENGTH + 1 - len(text))[0]
         counts[tuple(text[1:])] += 1
     assert chi_square(counts, expected) < limit(len(expected) - 1)
 
@@ -124,7 +133,7 @@ def test_the_chi_square_test_can_fail() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(1.0, None, None), (0.8, 4, 0.95)])
 @pytest.mark.parametrize(
-    "name", ["suffix", "recycling", "heads", "draft_model", "right", "repeating", "end of text"]
+    "name", ["suffix", "recycling", "heads", "draft_model", "right", "repeating", "end of text", "trees"]
 )
 def test_generated_texts_follow_the_joint_distribution(
     name: str, settings: tuple[float, int | None, float | None]
@@ -142,7 +151,8 @@ def test_generated_texts_follow_the_joint_distribution(
             p = sampling.probabilities(logits).gather(1, torch.tensor(text)[:, None]).double().prod()
             if p > 0:
                 expected[text] = float(p)
-    generator = Generator(model, weights="fp32")
+    generator = Generator(model, weights="fp32", compile=name == "trees")
+    rng = random.Random(1)
     likeliest = max(expected, key=lambda text: expected[text])
     heads = DraftHeads(HeadsConfig(model.config.hidden_size, 16, 3), torch.arange(5)).eval()
     drafter = {
@@ -151,6 +161,7 @@ def test_generated_texts_follow_the_joint_distribution(
         "right": Adversary("right", oracle([*prompt.tolist(), *likeliest])),
         "repeating": Adversary("repeating", repeating),
         "end of text": Adversary("end of text", always(0)),
+        "trees": Adversary("trees", lambda text, most: random_tree(rng, 5)),
     }.get(name, name)
     decoder = SpeculativeDecoder(generator, drafter, widths=(4,))
     counts: Counter[tuple[int, ...]] = Counter()

@@ -1,13 +1,22 @@
 """Draft heads compute what their formula says, and files of them are checked."""
 
 import functools
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from ryzen_llm.decoding import DraftHeads, Generator, HeadsConfig, HeadsDrafter, SpeculativeDecoder
+from ryzen_llm.decoding import (
+    Draft,
+    DraftHeads,
+    Generator,
+    HeadsConfig,
+    HeadsDrafter,
+    SpeculativeDecoder,
+)
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -40,28 +49,48 @@ def heads() -> DraftHeads:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
-    """In fp64, token by token, from the docstring."""
+    """In fp64, text by text, from the docstrings: after each text that is followed, its four likeliest tokens."""
     model = build(tied)
     drafter = HeadsDrafter(heads, model)
     matrix = (model.embedding.lookup(torch.arange(101)) if tied else model.head.weight).double()  # type: ignore[union-attr]
-    state, token, expected = torch.randn(32).double(), 7, []
-    for _ in range(4):
+
+    def after(state: Tensor, token: int) -> tuple[Tensor, Tensor]:
         e = model.embedding.lookup(torch.tensor(token)).double()
         normed = [
             x / (x.square().mean() + 1e-5).sqrt() * w.double()
             for x, w in ((state, heads.state_norm), (e, heads.token_norm))
         ]
         gate, up = (heads.w_in.weight.double() @ torch.cat(normed)).chunk(2)
-        if not expected:
-            first = state
         state = state + heads.w_out.weight.double() @ (gate * gate.sigmoid() * up)
-        token = int(heads.vocabulary[(matrix[heads.vocabulary] @ state).argmax()])
-        expected.append(token)
+        return state, (matrix[heads.vocabulary] @ state).softmax(0)
+
+    first = torch.randn(32).double()
+    expected: dict[tuple[int, ...], float] = {}
+    followed: list[tuple[float, tuple[int, ...], Tensor]] = [(1.0, (), first)]
+    for _ in range(4):
+        found: list[tuple[float, tuple[int, ...], Tensor]] = []
+        for chance, text, state in followed:
+            state, chances = after(state, text[-1] if text else 7)
+            for index in chances.argsort(descending=True)[:4].tolist():
+                token = int(heads.vocabulary[index])
+                found.append((chance * float(chances[index]), (*text, token), state))
+        expected |= {text: chance for chance, text, _ in found if chance >= 0.02}
+        followed = sorted(found, key=lambda each: -each[0])[:4]
+    assert max(map(len, expected)) == 4 and len(expected) > 6
+
+    def texts(draft: Draft) -> dict[tuple[int, ...], int]:
+        made: list[tuple[int, ...]] = []
+        for token, parent in zip(draft.tokens, draft.follows, strict=True):
+            made.append((*(made[parent] if parent >= 0 else ()), token))
+        return dict(zip(made, draft.signals, strict=True))
+
     with torch.inference_mode():
-        draft, shorter = drafter.draft(first.float(), 7, 9), drafter.draft(first.float(), 7, 2)
-    assert draft.tokens == expected
-    assert len(set(draft.signals)) == 4, "each depth has its own"
-    assert (shorter.tokens, shorter.signals) == (draft.tokens[:2], draft.signals[:2])
+        draft, shorter = (texts(drafter.draft(first.float(), 7, most)) for most in (9, 2))
+    assert draft.keys() == expected.keys()
+    assert shorter == {text: signal for text, signal in draft.items() if len(text) <= 2}
+    for text, signal in draft.items():
+        likely = expected[text] / expected.get(text[:-1], 1.0)
+        assert signal == 12 * (len(text) - 1) + min(int(-2 * math.log2(likely)), 11)
 
 
 def test_heads_of_another_shape_have_a_graph_of_their_own(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ryzen_llm.decoding import (
+    Draft,
     Drafter,
     DraftModelDrafter,
     Generator,
@@ -19,7 +20,7 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
 sys.path.append(str(Path(__file__).parent))
-from adversaries import FAILING, Adversary, always, oracle, repeating
+from adversaries import FAILING, Adversary, always, draft, oracle, repeating
 
 NEW = 40
 SAMPLED: list[dict[str, Any]] = [
@@ -172,6 +173,72 @@ def test_a_draft_that_is_too_long_is_cut(model: Transformer, prompts: torch.Tens
     assert torch.equal(out.ids, plain.ids)
 
 
+def bushy(truth: list[int], text: list[int]) -> Draft:
+    """Five true tokens, each with a wrong sibling before it that has a wrong child."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    last = -1
+    for token in truth[len(text) : len(text) + 5]:
+        wrong = (token + 1) % 101
+        parents += [last, len(tokens), last]
+        tokens += [wrong, wrong, token]
+        last = len(tokens) - 1
+    return Draft(tokens, [0] * len(tokens), parents)
+
+
+@pytest.mark.parametrize("cache", ["dense", "int8", "k8v4", "int4-sinks"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_trees_are_read_where_passes_are_compiled(prompts: torch.Tensor, cache: str, weights: str) -> None:
+    """Each pass keeps the true tokens from among the wrong ones, of texts that come apart, and beyond 128
+    tokens; what is read back afterwards is as if no others had been there.
+    """
+    model = build(3, num_layers=1, head_dim=16)
+    torch._dynamo.reset()
+    generator = Generator(model, weights=weights, cache=cache, compile=True)
+    plain = generator.generate(prompts.repeat(1, 7), max_new_tokens=NEW)
+    truths = plain.ids.tolist()
+
+    def propose(text: list[int], most: int) -> Draft:
+        (truth,) = (truth for truth in truths if truth[: len(text)] == text)
+        return bushy(truth, text) if len(text) % 3 else draft([])
+
+    decoder = SpeculativeDecoder(generator, Adversary("bushy", propose), widths=(16,))
+    out = decoder.generate(prompts.repeat(1, 7), max_new_tokens=NEW)
+    assert torch.equal(out.ids, plain.ids)
+    assert not decoder.statistics.failures
+    assert decoder.statistics.accepted["bushy"] > 3 * decoder.statistics.steps / 2
+
+
+def test_a_tree_is_read_as_one_text_where_passes_cannot_read_it(
+    model: Transformer, prompts: torch.Tensor
+) -> None:
+    """The likeliest one, once its siblings have been wrong: eager, and in ring buffers."""
+    windowed = build(2, sliding_window=16, sliding_layers=(0,), max_position_embeddings=512)
+    for generator in (Generator(model, weights="fp32"), Generator(windowed, weights="fp32", compile=True)):
+        plain = generator.generate(prompts[:1], max_new_tokens=NEW + 110)
+        truth = plain.ids[0].tolist()
+
+        def propose(text: list[int], most: int, truth: list[int] = truth) -> Draft:
+            found = bushy(truth, text)
+            return Draft(found.tokens, [int(i % 3 == 2) for i in range(len(found.tokens))], found.parents)
+
+        decoder = SpeculativeDecoder(generator, Adversary("bushy", propose), widths=(8,))
+        out = decoder.generate(prompts[:1], max_new_tokens=NEW + 110)
+        assert torch.equal(out.ids, plain.ids)
+        assert out.accepted_per_step is not None and out.accepted_per_step > 4
+
+
+def test_a_tree_that_is_too_deep_is_cut(model: Transformer, prompts: torch.Tensor) -> None:
+    """Near the end of a text."""
+    generator = Generator(model, weights="fp32")
+    plain = generator.generate(prompts[:1], max_new_tokens=NEW)
+    truth = plain.ids[0].tolist()
+    drafter = Adversary("deep", lambda text, most: bushy([*truth, *range(100)], text))
+    decoder = SpeculativeDecoder(generator, drafter, widths=(8,))
+    assert torch.equal(decoder.generate(prompts[:1], max_new_tokens=NEW).ids, plain.ids)
+    assert not decoder.statistics.failures
+
+
 def test_a_compiled_pass_gives_the_same_ids() -> None:
     """Beyond 128 tokens, so that the buffers grow in between."""
     model = build(0, num_layers=1)
@@ -204,8 +271,8 @@ def test_logits_that_are_not_finite_are_refused(prompts: torch.Tensor) -> None:
         ("eagle", (1,), "unknown drafter 'eagle': choose of suffix, recycling"),
         (["suffix", "suffix"], (1,), "drafter suffix is there 2 times"),
         ("suffix", (), "widths are"),
-        ("suffix", (0, 4), "expected one or more numbers from 1 to 64"),
-        ("suffix", (65,), "expected one or more numbers from 1 to 64"),
+        ("suffix", (0, 4), "expected one or more numbers from 1 to 32"),
+        ("suffix", (33,), "expected one or more numbers from 1 to 32"),
     ],
 )
 def test_settings_that_cannot_work_are_named(

@@ -269,8 +269,11 @@ def test_ancestors_that_are_no_tree_are_refused(ancestors: Tensor, message: str)
 def test_no_tree_is_among_the_first_tokens_or_in_a_ring() -> None:
     """Where siblings would be kept in one place, or might overwrite what others see."""
     for case in (Case("int4-sinks", length=2), Case("dense", length=300, window=100)):
+        siblings = torch.tensor([[1, 3, 5]] * 2)
+        new, positions = case.vectors(3), torch.tensor([[0, 1, 1]]) + case.length
         with pytest.raises(RuntimeError, match="no tree is in a ring buffer or among the first"):
-            case.run(*case.vectors(2), case.positions(2), torch.tensor([[1, 3]] * 2))
+            case.run(*new, positions, siblings)
+        case.run(*new, positions[:, :1] + torch.arange(3), torch.tensor([[1, 3, 7]] * 2))
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
