@@ -152,13 +152,15 @@ class KVCache:
             moved = [(i, place) for place, i in enumerate(indices) if i != place]
             if moved:
                 if any(layer.ring for layer in self.layers):
-                    raise InputError("cache: tokens of a ring buffer cannot be moved: keep the first ones only")
-                source, target = (torch.tensor(part, device=self.device) + first for part in zip(*moved))
+                    raise InputError(
+                        "cache: tokens of a ring buffer cannot be moved: keep the first ones only"
+                    )
+                source, target = (
+                    torch.tensor(part, device=self.device) + first for part in zip(*moved, strict=True)
+                )
                 for layer in self.layers:
                     layer.move(row, source, target)
-        self.truncate(
-            [length - self._appended + len(i) for length, i in zip(lengths, kept, strict=True)]
-        )
+        self.truncate([length - self._appended + len(i) for length, i in zip(lengths, kept, strict=True)])
 
     def reset(self) -> None:
         """Forget every token."""

@@ -63,7 +63,8 @@ class DraftControl:
 
     def __init__(self, widths: Sequence[int], seconds: Mapping[int, float]) -> None:
         self.widths = sorted(widths)
-        self.seconds = dict(seconds)
+        # A pass over more tokens that seemed quicker was timed in a quieter moment.
+        self.seconds = dict(zip(self.widths, accumulate((seconds[w] for w in self.widths), max), strict=True))
         self.rates = AcceptanceRates()
         self._latest: dict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._costs: dict[str, dict[int, float]] = defaultdict(dict)
@@ -143,9 +144,7 @@ class DraftControl:
         due = self._since_asked[name] >= PROBE_INTERVAL
         return width - 1 if due or rate > expected / self.seconds[plan.width] else 0
 
-    def plan(
-        self, candidates: Sequence[Mapping[str, Draft]], branching: bool = False
-    ) -> tuple[Plan, float]:
+    def plan(self, candidates: Sequence[Mapping[str, Draft]], branching: bool = False) -> tuple[Plan, float]:
         """The best plan for the drafts by name that there are for each text, and the tokens it expects.
 
         `branching` says whether a pass can read a tree of tokens.

@@ -70,10 +70,10 @@ class DraftTree:
         for index, (parent, chance) in enumerate(zip(self.parents, self._chances, strict=True)):
             depths.append(1 + (depths[parent] if parent >= 0 else 0))
             worth.append(chance + (worth[parent] if parent >= 0 else 1.0))
-            if depths[index] <= most and worth[index] > best[depths[index]][0]:
+            if depths[index] <= most and worth[index] >= best[depths[index]][0]:
                 best[depths[index]] = worth[index], index
         for depth in range(1, most + 1):
-            gain, end = max((self.gains[-1], self._ends[-1]), best[depth], key=lambda each: each[0])
+            gain, end = max(best[depth], (self.gains[-1], self._ends[-1]), key=lambda each: each[0])
             self.gains.append(gain)
             self._ends.append(end)
 

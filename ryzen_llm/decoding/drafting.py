@@ -133,7 +133,9 @@ class Drafting:
     def _checked(self, draft: Draft, most: int) -> Draft:
         longest = most if draft.parents is None else MOST_DRAFTED
         tokens, signals = (list(islice(part, longest)) for part in (draft.tokens, draft.signals))
-        parents = range(-1, len(tokens) - 1) if draft.parents is None else list(islice(draft.parents, longest))
+        parents = (
+            range(-1, len(tokens) - 1) if draft.parents is None else list(islice(draft.parents, longest))
+        )
         if not len(tokens) == len(signals) == len(parents) or not all(
             type(number) is int for number in (*tokens, *signals, *parents)
         ):
@@ -142,7 +144,9 @@ class Drafting:
             raise ValueError(f"a token is not from 0 to {self.vocab_size - 1}")
         if not all(-1 <= parent < index for index, parent in enumerate(parents)):
             raise ValueError("a token follows one that does not come before it")
-        return Draft(tokens, signals) if draft.parents is None else _cut(Draft(tokens, signals, parents), most)
+        return (
+            Draft(tokens, signals) if draft.parents is None else _cut(Draft(tokens, signals, parents), most)
+        )
 
     def _guarded(self, name: str, work: Callable[[], T]) -> T | None:
         """The result of a drafter's work; None, without that drafter from here on, if it fails."""

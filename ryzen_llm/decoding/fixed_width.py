@@ -63,7 +63,7 @@ class FixedWidthPass:
         self._prepared: weakref.ref[Tensor] | None = None
 
     def reads_trees(self, cache: KVCache) -> bool:
-        """Whether the tokens of the next pass may be a tree, and each be read as if its text were all there is.
+        """Whether the next tokens may be a tree, of which each is read as if its text were all there is.
 
         The C++ attention does, of compiled passes on a CPU, from the second one on.
         """
@@ -79,8 +79,8 @@ class FixedWidthPass:
     ) -> Outcome:
         """What follows each of `tokens` (batch, width) int64, which are added to `cache`.
 
-        Where that `reads_trees`, `parents` may say for each token of each text which one it follows, -1 for the
-        first, which the others all follow; otherwise each follows the one before.
+        Where that `reads_trees`, `parents` may say for each token of each text which one it follows, -1 for
+        the first, which the others all follow; otherwise each follows the one before.
         """
         width = tokens.shape[1]
         if self.device.type == "cuda":
@@ -147,7 +147,7 @@ class FixedWidthPass:
 
 
 def _tree(parents: Sequence[Sequence[int]]) -> Tensor:
-    """How far each token is from the first and, by bits, which ones it follows and itself: (2, batch, width)."""
+    """(2, batch, width): how far each token is from the first and, by bits, itself and which it follows."""
     depths, ancestors = [], []
     for row in parents:
         depth, seen = [0], [1]

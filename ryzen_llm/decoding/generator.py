@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ryzen_llm.cache import KVCache, LayerFormat, build_cache, check_names
 from ryzen_llm.decoding.drafters import Drafter
 from ryzen_llm.decoding.fixed_width import FixedWidthPass
+from ryzen_llm.decoding.frame_room import with_frame_room
 from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.huge_pages import move_to_huge_pages
 from ryzen_llm.decoding.sampling import Sampling
@@ -88,6 +89,7 @@ class Generator:
         self.fixed_width = FixedWidthPass(self.model, self.device, compile and not disabled)
         self.speculation = SpeculativeDecoder(self, drafter) if drafter else None
 
+    @with_frame_room
     @torch.inference_mode()
     def generate(
         self,

@@ -15,6 +15,7 @@ from ryzen_llm.cache import KVCache
 from ryzen_llm.decoding.adaptive import DraftControl
 from ryzen_llm.decoding.drafters import Draft, Drafter, Step, build_drafters
 from ryzen_llm.decoding.drafting import Drafting, SpeculationStatistics
+from ryzen_llm.decoding.frame_room import with_frame_room
 from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.verification import verify
@@ -78,6 +79,7 @@ class SpeculativeDecoder:
         for drafter in self.drafters:
             drafter.forget()
 
+    @with_frame_room
     @torch.inference_mode()
     def generate(
         self,

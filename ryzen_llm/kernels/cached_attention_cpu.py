@@ -66,8 +66,8 @@ def append_and_attend(
         dtypes: Of keys' codes, of values' codes and of the sinks: fp32, bf16, int8 or, for packed codes,
             uint8.
         positions: As of `cached_attention`, like `ring` and `window`; but for a tree, ascending by one.
-        ancestors: (batch, time) int64, for new tokens that are a tree, of at most 32: the bits of a number say
-            which of them the text up to a token is made of, itself and the first one included. Token i is
+        ancestors: (batch, time) int64, for new tokens that are a tree, of at most 32: the bits of a number
+            say which of them the text up to a token is made of, itself and the first one included. Token i is
             stored in slot positions[0] + i, and attends to its own text as if that were all there is, to the
             bit. Not with a `ring`, nor among the `sinks`.
         sinks: How many first tokens are kept as they are; later keys are stored less the mean of theirs,

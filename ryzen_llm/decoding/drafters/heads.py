@@ -177,7 +177,9 @@ class HeadsDrafter(Drafter):
         last = torch.tensor(token, device=hidden_state.device)
         drafted = self._run(hidden_state, last, min(most, self.depth), self._layout).tolist()
         places = {-1: -1}
-        tokens, signals, parents = [], [], []
+        tokens: list[int] = []
+        signals: list[int] = []
+        parents: list[int] = []
         for index, (token, signal, parent, permille) in enumerate(zip(*drafted, strict=True)):
             if permille >= 1000 * UNLIKELY:  # then what it follows is, too
                 places[index] = len(tokens)

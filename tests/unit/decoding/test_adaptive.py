@@ -57,8 +57,8 @@ def test_the_draft_that_promises_more_is_taken() -> None:
     for _ in range(100):
         control.rates.learn(("bad", 0), False)
     other = Draft([6] * 7, [0] * 7)
-    assert control.plan([{"bad": other, "good": draft(3)}])[0].names == [["good"] * 3]
-    assert control.plan([{"bad": other}, {"good": draft(7)}])[0].names[1] == ["good"] * 7
+    assert control.plan([{"bad": other, "good": draft(3)}])[0].names[0] == ["good"] * 3
+    assert control.plan([{"bad": other}, {"good": draft(7)}])[0].names[1] == ["good"] * 3
 
 
 TREES = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 9)), max_size=7).map(

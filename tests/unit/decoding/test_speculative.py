@@ -225,7 +225,8 @@ def test_a_tree_is_read_as_one_text_where_passes_cannot_read_it(
         decoder = SpeculativeDecoder(generator, Adversary("bushy", propose), widths=(8,))
         out = decoder.generate(prompts[:1], max_new_tokens=NEW + 110)
         assert torch.equal(out.ids, plain.ids)
-        assert out.accepted_per_step is not None and out.accepted_per_step > 4
+        assert out.accepted_per_step is not None
+        assert out.accepted_per_step > 4
 
 
 def test_a_tree_that_is_too_deep_is_cut(model: Transformer, prompts: torch.Tensor) -> None:
