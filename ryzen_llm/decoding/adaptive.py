@@ -3,7 +3,7 @@
 from collections import defaultdict, deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import mul
 from statistics import median
 
@@ -19,6 +19,9 @@ CHEAP = 0.01
 IDLE = 64
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
+WORTHWHILE = 1.02
+"""How many times the tokens a second of the narrowest pass a wider one has to promise: times are no better
+known, and what comes with a draft is in none of them."""
 SMOOTHING = 0.1
 """How far the times of all widths follow one pass: the machine may have become slower, or the text longer."""
 OWN_SMOOTHING = 0.05
@@ -63,8 +66,8 @@ class DraftControl:
 
     def __init__(self, widths: Sequence[int], seconds: Mapping[int, float]) -> None:
         self.widths = sorted(widths)
-        # A pass over more tokens that seemed quicker was timed in a quieter moment.
-        self.seconds = dict(zip(self.widths, accumulate((seconds[w] for w in self.widths), max), strict=True))
+        self.seconds = dict(seconds)
+        self._order()
         self.rates = AcceptanceRates()
         self._latest: dict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._costs: dict[str, dict[int, float]] = defaultdict(dict)
@@ -81,6 +84,12 @@ class DraftControl:
         for each in self.widths:
             self.seconds[each] *= ratio**SMOOTHING
         self.seconds[width] *= ratio**OWN_SMOOTHING
+        self._order()
+
+    def _order(self) -> None:
+        """A pass over more tokens takes no less: one that seemed quicker was timed in a quieter moment."""
+        for narrower, wider in pairwise(self.widths):
+            self.seconds[wider] = max(self.seconds[wider], self.seconds[narrower])
 
     def proposed(self, name: str, most: int, seconds: float) -> None:
         """Take in how long a drafter took when it was asked for `most` tokens of every text."""
@@ -155,7 +164,10 @@ class DraftControl:
             for drafts in candidates
         ]
         expected = {width: sum(tree.gains[width - 1] for tree in trees) for width in self.widths}
-        width = max(self.widths, key=lambda width: expected[width] / self.seconds[width])
+        rates = {width: expected[width] / self.seconds[width] for width in self.widths}
+        width = max(self.widths, key=rates.__getitem__)
+        if rates[width] < WORTHWHILE * rates[self.widths[0]]:
+            width = self.widths[0]
         drafts, names = zip(*(tree.first(width - 1) for tree in trees), strict=True)
         return Plan(width, drafts, names), expected[width]
 

@@ -84,7 +84,7 @@ struct Tail {
   int64_t first = 0, count = 0;  // slot of the first; none if they follow each other
   const int32_t* paths = nullptr;
 
-  // Of the query that sees up to position `last`, in a row of queries: which new token its text has in a slot.
+  // Which new token is in a slot of a query's text, by the query's row.
   int64_t at(int64_t row, int64_t slot) const { return paths[row % count * count + slot - first]; }
 };
 
@@ -97,7 +97,7 @@ struct Task {
   const float* shifts;    // of a query's scores, times the slot's minimum if there is one
   const Seen* seen;
   int64_t rows;
-  float factor;     // of scores
+  float factor;  // of scores
   Sum* sums;        // (rows)
   Floats* context;  // (rows, the values' vectors)
 
@@ -579,7 +579,7 @@ Tensor append_and_attend(const Tensor& queries, const Tensor& new_keys, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(ryzen_llm, m) {
   m.def(
       "append_and_attend(Tensor queries, Tensor new_keys, Tensor new_values, Tensor(a!) memory, Tensor positions, "
-      "Tensor? ancestors, int key_codes, int value_codes, int sink_codes, int sinks, int fine, int ring, int window, bool rotated_keys, "
-      "bool rotated_values, bool transformed) -> Tensor");
+      "Tensor? ancestors, int key_codes, int value_codes, int sink_codes, int sinks, int fine, int ring, int window, "
+      "bool rotated_keys, bool rotated_values, bool transformed) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ryzen_llm, CPU, m) { m.impl("append_and_attend", TORCH_BOX(&append_and_attend)); }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t OUTPUTS = 4, MOST_ROWS = 4, STEP = 32;
 constexpr int64_t GRAIN = 16;  // blocks of outputs
-constexpr int64_t AHEAD = 8192;  // numbers of the matrix; beyond its end nothing is read
+constexpr int64_t AHEAD = 8192;  // numbers that are asked of memory before they are needed, into the second cache
 
 INLINE __m128 quarter(__m512 x) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));

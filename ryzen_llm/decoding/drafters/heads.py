@@ -28,7 +28,7 @@ from ryzen_llm.model.embedding import Embedding
 CONFIDENCE_LEVELS = 12
 BRANCHES = 4
 """Tokens that are drafted after one."""
-MOST_STATES = 4
+MOST_STATES = 2
 """Of the drafted tokens of one depth, how many are followed."""
 UNLIKELY = 0.02
 """Tokens that are less likely than this, with all that they follow, are left out."""

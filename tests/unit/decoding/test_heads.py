@@ -75,7 +75,7 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
                 token = int(heads.vocabulary[index])
                 found.append((chance * float(chances[index]), (*text, token), state))
         expected |= {text: chance for chance, text, _ in found if chance >= 0.02}
-        followed = sorted(found, key=lambda each: -each[0])[:4]
+        followed = sorted(found, key=lambda each: -each[0])[:2]
     assert max(map(len, expected)) > 2
     assert len(expected) > 6
 
