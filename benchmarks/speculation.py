@@ -161,17 +161,18 @@ def _generate(
 def measure(
     arms: Mapping[str, Arm], prompts: Mapping[str, Sequence[Tensor]], console: Console
 ) -> dict[str, Any]:
-    """Every arm on every prompt, prompt by prompt in changing order; sums by category.
+    """Every arm on every prompt, prompt by prompt in random order; sums by category.
 
     `same_ids` counts the texts that are the first arm's, token by token.
     """
     found: dict[str, dict[str, Counter[str]]] = {name: {} for name in arms}
     order = list(arms)
+    shuffled = random.Random(0)
     for category, chosen in prompts.items():
         for sums in found.values():
             sums[category] = Counter()
         for index, prompt in enumerate(chosen):
-            order.append(order.pop(0))
+            shuffled.shuffle(order)  # in turn, each would always come after the same one, whose clock it inherits
             texts: dict[str, list[int]] = {}
             with console.status(f"{category}: prompt {index + 1} of {len(chosen)}"):
                 for name in order:

@@ -161,9 +161,10 @@ class SpeculativeDecoder:
         inputs, parents = [], []
         for row, text in enumerate(texts):
             draft = drafts.get(row, Draft())
-            filler = plan.width - 1 - len(draft.tokens)
-            inputs.append([text.new[-1], *draft.tokens, *text.new[-1:] * filler])
-            parents.append([-1, *(parent + 1 for parent in draft.follows), *[0] * filler])
+            known = [text.new[-1], *draft.tokens]
+            inputs.append(known + known[:1] * (plan.width - len(known)))
+            follows = [-1, *(parent + 1 for parent in draft.follows)]
+            parents.append([*follows, *range(len(known) - 1, plan.width - 1)])  # filler after the last
         tokens = torch.tensor(inputs, device=self.generator.device)
         started = time.perf_counter()
         outcome = fixed_width(tokens, cache, parents if branching else None)
