@@ -172,7 +172,7 @@ def measure(
         for sums in found.values():
             sums[category] = Counter()
         for index, prompt in enumerate(chosen):
-            shuffled.shuffle(order)  # in turn, each would always come after the same one, whose clock it inherits
+            shuffled.shuffle(order)  # in turn, each would always inherit the same one's clock
             texts: dict[str, list[int]] = {}
             with console.status(f"{category}: prompt {index + 1} of {len(chosen)}"):
                 for name in order:

@@ -16,6 +16,8 @@ from ryzen_llm.decoding.cuda_graph import GraphedStep
 from ryzen_llm.kernels import Rope, shared_compilations
 from ryzen_llm.model import Transformer
 
+WIDEST = 32
+"""Tokens of each text that a compiled pass can read: C++ attention knows by bits what each follows."""
 ROUNDS = 7
 """How often each width is timed."""
 

@@ -15,6 +15,7 @@ from ryzen_llm.cache import KVCache
 from ryzen_llm.decoding.adaptive import DraftControl
 from ryzen_llm.decoding.drafters import Draft, Drafter, Step, build_drafters
 from ryzen_llm.decoding.drafting import Drafting, SpeculationStatistics
+from ryzen_llm.decoding.fixed_width import WIDEST
 from ryzen_llm.decoding.frame_room import with_frame_room
 from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.sampling import Sampling
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ryzen_llm.decoding.generator import Generator
 
 WIDTHS = (1, 2, 4, 8)
-WIDEST = 32
 
 
 @dataclass

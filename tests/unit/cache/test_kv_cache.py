@@ -321,6 +321,37 @@ def test_truncating_outside_the_text_is_refused(length: int) -> None:
         cache.truncate(length)
 
 
+@pytest.mark.parametrize("name", ON_CPU)
+def test_what_is_kept_of_a_tree_is_where_it_would_be_alone(
+    model: Transformer, ids: torch.Tensor, name: str
+) -> None:
+    """Byte by byte: each text keeps other tokens, one of them none."""
+    cache = new_cache(name)
+    with torch.no_grad():
+        model(ids[:, :20], cache)
+        model(ids[:, 20:26], cache)
+    before = [
+        [part.clone() for part in (*layer.keys, *layer.values) if part is not None] for layer in cache.layers
+    ]
+    kept = [[0, 2, 5], []]
+    cache.keep(kept)
+    assert cache.lengths == (23, 20)
+    for layer, parts in zip(cache.layers, before, strict=True):
+        for now, part in zip((p for p in (*layer.keys, *layer.values) if p is not None), parts, strict=True):
+            assert torch.equal(now[:, :, :20], part[:, :, :20])
+            assert torch.equal(now[0, :, 20:23], part[0, :, [20, 22, 25]])
+    assert not torch.equal(before[0][0][0, :, 21], before[0][0][0, :, 22]), "or nothing was moved"
+
+
+def test_tokens_of_a_ring_buffer_are_not_moved() -> None:
+    cache = new_cache(config=SLIDING)
+    cache.append(5)
+    with pytest.raises(InputError, match="tokens of a ring buffer cannot be moved"):
+        cache.keep([[0, 2], [0]])
+    cache.keep([[0, 1], [0]])
+    assert cache.lengths == (2, 1)
+
+
 def test_a_ring_buffer_refuses_to_roll_back_what_it_has_overwritten() -> None:
     cache = new_cache(config=SLIDING)
     cache.append(400)
