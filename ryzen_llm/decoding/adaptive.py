@@ -1,10 +1,10 @@
 """How long a draft, and whose, gives the most tokens a second: decided at every step, from measurements."""
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from operator import mul
+from itertools import pairwise
 from statistics import median
 
 from ryzen_llm.decoding.draft_tree import DraftTree
@@ -24,6 +24,8 @@ WORTHWHILE = 1.02
 known, and what comes with a draft is in none of them."""
 SMOOTHING = 0.1
 """How far the times of all widths follow one pass: the machine may have become slower, or the text longer."""
+GAIN_SMOOTHING = 0.1
+"""How far what a drafter is known to gain follows one draft of it."""
 OWN_SMOOTHING = 0.05
 """How far the time of the pass's own width follows it beyond that."""
 
@@ -71,6 +73,7 @@ class DraftControl:
         self.rates = AcceptanceRates()
         self._latest: dict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._costs: dict[str, dict[int, float]] = defaultdict(dict)
+        self._gains: dict[tuple[str, int, int], float] = {}
         self._since_asked: dict[str, int] = defaultdict(int)
         self._unread: dict[str, int] = defaultdict(int)
 
@@ -118,23 +121,19 @@ class DraftControl:
     def learn(self, name: str, draft: Draft, truth: Sequence[int]) -> None:
         """Take in what the text's next tokens were, as far as they tell; a draft need not have been used."""
         last = -1
-        for depth, true in enumerate(truth):
+        for true in truth:
             right = None
-            asked = False
             for index, parent in enumerate(draft.follows):
                 if parent == last:
-                    asked = True
                     if draft.tokens[index] == true:
                         right = index
                     self.rates.learn((name, draft.signals[index]), draft.tokens[index] == true)
-            if asked:
-                self.rates.learn((name, "depth", depth), right is not None)
             if right is None:
                 break
             last = right
 
     def worth_asking(self, name: str, plan: Plan, expected: float) -> int:
-        """How many tokens to ask a drafter for: as many as might beat the plan and its `expected`, or 0."""
+        """How many tokens in a row to ask a drafter for beside a plan: 0 if that does not pay."""
         most = self.widths[-1] - 1
         if not most or not self._costs[name]:
             return most
@@ -142,16 +141,23 @@ class DraftControl:
         if self.cost(name, most) < CHEAP * self.seconds[self.widths[0]]:
             due = self._unread[name] < IDLE or self._since_asked[name] >= IDLE_INTERVAL
             return most if due else 0
-        rates = [self.rates[name, "depth", depth] for depth in range(most)]
-        gains = _tokens_expected(rates)
-        texts = len(plan.drafts)
-        rate, width = max(
-            (texts * gains[width - 1] / (self.seconds[width] + self.cost(name, width - 1)), width)
-            for width in self.widths
-            if width > 1
-        )
+        level = _level(plan, expected)
+        pays = {
+            most: self._gains.get((name, most, level), math.inf)
+            / (1 + self.cost(name, most) / self.seconds[plan.width])
+            for most in (width - 1 for width in reversed(self.widths) if width > 1)
+        }
+        most = max(pays, key=pays.__getitem__)
         due = self._since_asked[name] >= PROBE_INTERVAL
-        return width - 1 if due or rate > expected / self.seconds[plan.width] else 0
+        return most if due or pays[most] > 1 else 0
+
+    def gained(self, name: str, most: int, before: tuple[Plan, float], after: tuple[Plan, float]) -> None:
+        """Take in what a drafter that was asked for `most` tokens made of a plan and what that expects."""
+        (worse, fewer), (better, more) = before, after
+        gain = more / self.seconds[better.width] * self.seconds[worse.width] / fewer
+        kind = name, most, _level(*before)
+        known = self._gains.get(kind, gain)
+        self._gains[kind] = known + GAIN_SMOOTHING * (gain - known)
 
     def plan(self, candidates: Sequence[Mapping[str, Draft]], branching: bool = False) -> tuple[Plan, float]:
         """The best plan for the drafts by name that there are for each text, and the tokens it expects.
@@ -172,6 +178,6 @@ class DraftControl:
         return Plan(width, drafts, names), expected[width]
 
 
-def _tokens_expected(rates: Sequence[float]) -> list[float]:
-    """Tokens that a pass is expected to give, for each number of drafted tokens from none on."""
-    return [1.0, *(1 + gain for gain in accumulate(accumulate(rates, mul)))]
+def _level(plan: Plan, expected: float) -> int:
+    """How good a plan is without another drafter: half tokens that it expects of a text, up to 8."""
+    return min(int(2 * expected / len(plan.drafts)), 16)

@@ -92,7 +92,9 @@ class Drafting:
             self.control.proposed(name, most, time.perf_counter() - asked_at)
             for asked, draft in zip(self._asked, drafts, strict=True):
                 asked[name] = draft
+            before = best, expected
             best, expected = self.control.plan(self._asked, branching)
+            self.control.gained(name, most, before, (best, expected))
         self.control.settled(self._asked[0], best)
         self.statistics.drafting_seconds += time.perf_counter() - started
         return best

@@ -20,14 +20,12 @@ from ryzen_llm.decoding.draft_tree import DraftTree
 SECONDS = {1: 1.0, 4: 1.5, 8: 2.5}
 
 
-def taught(rate: float, name: str = "a", signal: int = 0, depth: int = 7) -> DraftControl:
-    """A control that has seen this rate often, at every depth."""
+def taught(rate: float, name: str = "a", signal: int = 0) -> DraftControl:
+    """A control that has seen this rate often."""
     control = DraftControl(list(SECONDS), SECONDS)
     for i in range(400):
         right = int(i * rate) != int((i + 1) * rate)
         control.rates.learn((name, signal), right)
-        for d in range(depth):
-            control.rates.learn((name, "depth", d), right)
     return control
 
 
@@ -129,7 +127,6 @@ def test_siblings_are_learnt_from_and_what_follows_the_right_one() -> None:
     control.learn("a", tree, [2, 5, 9])
     rates = [control.rates["a", signal] for signal in range(5)]
     assert rates == [0.25, 0.75, 0.5, 0.75, 0.25], "5 after 1 was not tried"
-    assert [control.rates["a", "depth", depth] for depth in range(4)] == [0.75, 0.75, 0.25, 0.5]
 
 
 def test_rates_follow_a_text_that_changes() -> None:
@@ -151,19 +148,38 @@ def test_only_tokens_after_right_ones_are_learnt_from() -> None:
     assert control.rates["a", 3] == before
 
 
-def test_a_costly_drafter_is_asked_if_it_may_pay_and_now_and_then() -> None:
-    plan, expected = DraftControl(list(SECONDS), SECONDS).plan([{}])
+def test_a_costly_drafter_is_asked_if_it_pays_and_now_and_then() -> None:
+    """By what its drafts have made of plans, less what they cost."""
     good, bad = taught(0.9), taught(0.1)
+    plan, expected = good.plan([{}])
     for control in (good, bad):
-        control.proposed("a", 7, 0.14)
-    assert good.worth_asking("a", plan, expected) in (3, 7)
+        for most in (7, 3):
+            assert control.worth_asking("a", plan, expected), "not tried yet"
+            control.proposed("a", most, 0.14 * most)
+            control.gained("a", most, (plan, expected), control.plan([{"a": draft(most)}]))
+    assert good.worth_asking("a", plan, expected) == 3, "3.4 tokens in 1.5 and 0.4; 5.7 in 2.5 and 1"
     asked = [bool(bad.worth_asking("a", plan, expected)) for _ in range(PROBE_INTERVAL)]
     assert asked == [False] * (PROBE_INTERVAL - 1) + [True]
     for _ in range(5):
+        good.proposed("a", 3, 7.0)
         good.proposed("a", 7, 7.0)
         bad.proposed("a", 7, 1e-5)
     assert not good.worth_asking("a", plan, expected), "a draft now costs as much as several steps"
     assert bad.worth_asking("a", plan, expected) == 7, "it costs next to nothing"
+
+
+def test_a_drafter_is_not_asked_where_another_does_as_well() -> None:
+    """What it adds to a plan counts, not what it is worth alone."""
+    control = taught(0.9)
+    for _ in range(400):
+        control.rates.learn(("b", 0), True)
+    alone, beside = control.plan([{}]), control.plan([{"b": draft(7)}])
+    for most in (3, 7) * 20:
+        control.proposed("a", most, 0.1)
+        control.gained("a", most, alone, control.plan([{"a": draft(most)}]))
+        control.gained("a", most, beside, control.plan([{"b": draft(7), "a": draft(most)}]))
+    assert control.worth_asking("a", *alone)
+    assert not control.worth_asking("a", *beside)
 
 
 def test_the_cost_of_a_draft_is_known_by_its_length() -> None:
