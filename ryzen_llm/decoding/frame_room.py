@@ -8,7 +8,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SLOTS = 10_000
-"""Of 8 bytes, for which Python takes 128 KiB; what is left of these, 47 KiB, is for other frames."""
+"""Of 8 bytes, for which Python takes 128 KiB; the 50 KiB left of these are for other frames."""
 
 
 def with_frame_room(function: Callable[P, R]) -> Callable[P, R]:

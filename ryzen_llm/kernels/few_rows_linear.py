@@ -1,7 +1,7 @@
 """y = x Wᵀ of few rows in bf16 on a CPU with AVX512-BF16, in C++: weights are read once, where they are.
 
-Decoding multiplies a row or a few by every weight, for which PyTorch's product takes 1.6 times as long
-(docs/speculation.md). Sums are in fp32, and a row of the result does not depend on how many rows there are,
+Decoding multiplies a row or a few by every weight, for which PyTorch's product takes twice as long
+(docs/kernels.md). Sums are in fp32, and a row of the result does not depend on how many rows there are,
 which PyTorch's product does not promise.
 """
 
