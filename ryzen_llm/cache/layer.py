@@ -99,7 +99,8 @@ class LayerCache:
         """Have the slots `target` of a text hold what the slots `source` do; both int64, without a ring."""
         for part in (*self.keys, *self.values):
             if part is not None:
-                part[row, :, target] = part[row, :, source]
+                text = _without_fp8(part[row])
+                text.index_copy_(1, target, text.index_select(1, source))
 
     def grow(self, num_slots: int) -> None:
         """Make room for `num_slots` tokens. Tensors are copied one after the other: only one exists twice."""
@@ -294,13 +295,17 @@ def _grown(part: Tensor, num_slots: int) -> Tensor:
 
 def _write(buffer: Tensor, new: Tensor, slots: Tensor) -> None:
     new = new.to(buffer.dtype)
-    if buffer.dtype == torch.float8_e4m3fn:  # which few ops know
-        buffer, new = buffer.view(torch.uint8), new.view(torch.uint8)
+    buffer, new = _without_fp8(buffer), _without_fp8(new)
     if slots.shape[0] == 1:
         buffer.index_copy_(2, slots[0], new)
     else:
         rows = torch.arange(buffer.shape[0], device=buffer.device)
         buffer[rows[:, None], :, slots] = new.transpose(1, 2)
+
+
+def _without_fp8(x: Tensor) -> Tensor:
+    """The same bytes, since few ops know fp8."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def _require_finite(encoded: Stored) -> None:
