@@ -122,10 +122,10 @@ def _kinds(shapes: list[tuple[int, int]]) -> dict[str, tuple[list[Product], int]
     }
     kinds: dict[str, tuple[list[Product], int]] = {}
     for name, layers in made.items():
+        weights = [weight for layer in layers for weight in (*layer.parameters(), *layer.buffers())]
         if name != "bf16":  # whose weights are PyTorch's
-            move_to_huge_pages(t for layer in layers for t in (*layer.parameters(), *layer.buffers()))
-        size = sum(t.nbytes for layer in layers for t in (*layer.parameters(), *layer.buffers()))
-        kinds[name] = [*layers], size
+            move_to_huge_pages(weights)
+        kinds[name] = [*layers], sum(weight.nbytes for weight in weights)
     return kinds
 
 

@@ -101,24 +101,24 @@ def test_the_best_part_of_a_tree_is_read(drafts: list[Draft], rates: list[float]
         best = max(1 + sum(map(chance, part)) for part in trees)
         tree = DraftTree(named, lambda _, signal: rates[signal], branching=True, most=4)
         assert tree.gains[count] == pytest.approx(best)
-        assert 1 + sum(chances_of(tree.first(count)[0], known)) == pytest.approx(best)
+        assert expected_of(tree.first(count)[0], known) == pytest.approx(best)
         longest = max(
             sum(chance(text[:size]) for size in range(len(text) + 1)) for text in known if len(text) <= count
         )
         one = DraftTree(named, lambda _, signal: rates[signal], branching=False, most=4)
         assert one.gains[count] == pytest.approx(longest)
-        assert 1 + sum(chances_of(one.first(count)[0], known)) == pytest.approx(longest)
+        assert expected_of(one.first(count)[0], known) == pytest.approx(longest)
         assert list(one.first(count)[0].follows) == list(range(-1, len(one.first(count)[0].tokens) - 1))
 
 
-def chances_of(draft: Draft, known: dict[tuple[int, ...], float]) -> list[float]:
-    """Of each token of a draft, by the rates of the texts that it makes."""
+def expected_of(draft: Draft, known: dict[tuple[int, ...], float]) -> float:
+    """Tokens that reading a draft is expected to give, by the rates of the texts that it makes."""
     texts: list[tuple[int, ...]] = []
     found: list[float] = []
     for token, parent in zip(draft.tokens, draft.follows, strict=True):
         texts.append((*(texts[parent] if parent >= 0 else ()), token))
         found.append(known[texts[-1]] * (found[parent] if parent >= 0 else 1.0))
-    return found
+    return 1 + sum(found)
 
 
 def test_siblings_are_learnt_from_and_what_follows_the_right_one() -> None:
