@@ -83,6 +83,11 @@ class KVCache:
         return max(self.lengths)
 
     @property
+    def longest(self) -> tuple[int, ...]:
+        """The most tokens of each text since it was empty, those that were rolled back included."""
+        return tuple(self._longest[row] for row in self._rows)
+
+    @property
     def bytes_allocated(self) -> int:
         """Bytes of every tensor that the cache holds, used or not."""
         tensors = (tensor for layer in self.layers for tensor in layer.tensors)
@@ -161,6 +166,12 @@ class KVCache:
                 for layer in self.layers:
                     layer.move(row, source, target)
         self.truncate([length - self._appended + len(i) for length, i in zip(lengths, kept, strict=True)])
+
+    def resize(self, lengths: Sequence[int], longest: Sequence[int]) -> None:
+        """Have each text be of a length, with slots to be filled, and once have been as long as `longest`."""
+        self.reserve(max(lengths))
+        for row, length, most in zip(self._rows, lengths, longest, strict=True):
+            self._lengths[row], self._longest[row] = length, most
 
     def reset(self) -> None:
         """Forget every token."""

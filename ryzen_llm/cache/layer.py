@@ -200,6 +200,10 @@ class LayerCache:
             )
         # No other tensor here is touched before: each would be an input of the graph.
         dtype = queries.dtype
+        checked = queries.device.type == "cpu" and not torch.compiler.is_compiling()
+        if checked and self.sinks is not None:  # which would hold them, whatever comes after
+            for new in (keys, values):
+                _require_finite(Stored(new))
         self._keep_first(keys, values, positions)
         offset = self._key_offset(positions)
         if offset is not None:
@@ -218,7 +222,7 @@ class LayerCache:
         formats = self.format.keys, self.format.values
         for format, stored, new in zip(formats, (self.keys, self.values), (keys, values), strict=True):
             encoded = format.encode(new)
-            if new.device.type == "cpu" and not torch.compiler.is_compiling():
+            if checked:
                 _require_finite(encoded)
             for kept, fresh in zip(stored, encoded, strict=True):
                 if kept is not None and fresh is not None:

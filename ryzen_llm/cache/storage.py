@@ -16,7 +16,7 @@ from torch import Tensor
 from ryzen_llm.cache.kv_cache import KVCache
 from ryzen_llm.errors import InputError
 
-VERSION = 3
+VERSION = 4
 _HEADER = "ryzen_llm_cache"
 
 
@@ -32,7 +32,13 @@ def save_cache(cache: KVCache, path: str | Path, *, model_hash: str) -> None:
     tensors = {
         name: tensor[:, :, :slots].cpu().contiguous() for name, (tensor, slots) in _used(cache).items()
     }
-    header = {"version": VERSION, "model": model_hash, "lengths": cache.lengths, "layers": _layout(cache)}
+    header = {
+        "version": VERSION,
+        "model": model_hash,
+        "lengths": cache.lengths,
+        "longest": cache.longest,
+        "layers": _layout(cache),
+    }
     header["sha256"] = _digest(header, tensors)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -61,9 +67,7 @@ def load_cache(cache: KVCache, path: str | Path, *, model_hash: str) -> None:
         raise InputError(
             f"cache {path}: holds {max(lengths)} tokens, more than max_length = {cache.max_length}"
         )
-    cache.reset()
-    cache.append(max(lengths))
-    cache.truncate(lengths)
+    cache.resize(lengths, header["longest"])
     for name, (tensor, slots) in _used(cache).items():
         tensor[:, :, :slots].copy_(tensors[name])
 

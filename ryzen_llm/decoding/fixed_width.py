@@ -93,10 +93,10 @@ class FixedWidthPass:
                 self._graphs[width] = GraphedStep(self._run, cache, tokens)
             return self._graphs[width](tokens)
         positions = cache.append(width)
-        if width > 1:  # texts of one length take the graph of texts of different lengths
-            positions = positions.view(-1, width).expand(tokens.shape)
+        if tokens.numel() > 1:  # texts of one length take the graph of texts of different lengths
+            positions = positions.view(-1, width).expand(tokens.shape).contiguous()
             ancestors = None
-            if self.compile:
+            if self.compile and width > 1:
                 depths, ancestors = _tree(parents or [range(-1, width - 1)] * len(tokens))
                 positions = positions[:, :1] + depths
             for layer in cache.layers:

@@ -15,7 +15,7 @@ from ryzen_llm.decoding.fixed_width import FixedWidthPass
 from ryzen_llm.decoding.frame_room import with_frame_room
 from ryzen_llm.decoding.generation import Generation, joined, require_finite
 from ryzen_llm.decoding.huge_pages import move_to_huge_pages
-from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.sampling import Sampling, seed_generator
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
 from ryzen_llm.decoding.weights import KINDS, multiply_few_rows, quantise_weights
 from ryzen_llm.errors import InputError
@@ -134,7 +134,7 @@ class Generator:
         prompts = self.check_prompts(input_ids, max_new_tokens)
         batch_size = len(prompts)
         rng = torch.Generator(self.device)
-        rng.seed() if seed is None else rng.manual_seed(seed)
+        seed_generator(rng, seed)
         cache = self.new_cache(batch_size, max(map(len, prompts)) + max_new_tokens)
         stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=self.device)
         stopped = torch.zeros(batch_size, dtype=torch.bool, device=self.device)
@@ -210,6 +210,10 @@ class Generator:
         config = self.model.config
         given, dims = ([input_ids], (1, 2)) if isinstance(input_ids, Tensor) else (input_ids, (1,))
         for ids in given:
+            if not isinstance(ids, Tensor):
+                raise InputError(
+                    f"input_ids hold {type(ids).__name__}, expected tensors of int64: torch.tensor(...)"
+                )
             if ids.dtype != torch.int64 or ids.dim() not in dims or not ids.numel():
                 raise InputError(
                     f"input_ids are {tuple(ids.shape)} {ids.dtype}, expected one or more tokens as (time,) "

@@ -25,10 +25,10 @@ def move_to_huge_pages(tensors: Iterable[Tensor]) -> None:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or not end:
         return
-    block = mmap.mmap(-1, end + SLACK)
     try:
+        block = mmap.mmap(-1, end + SLACK)
         block.madvise(advice)
-    except OSError:  # a kernel without them
+    except OSError:  # a kernel without them, or a process without so much address space
         return
     memory = torch.frombuffer(block, dtype=torch.uint8)
     for tensor, start in zip(moved, starts, strict=True):

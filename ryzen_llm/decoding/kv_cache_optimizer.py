@@ -121,7 +121,7 @@ class KVCacheOptimizer:
             raise InputError("give saving or perplexity_increase, one of them")
         least = sum(map(min, zip(*self._bytes.values(), strict=True)))
         most = 1 - least / sum(self._bytes["dense"])
-        if saving is not None and saving > most:
+        if saving is not None and not saving <= most:
             raise InputError(f"saving is {saving}, the most that is possible is {most:.3f}")
         path = self._path()
         if saving is not None:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ryzen_llm.errors import InputError
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""In the place of a temperature or top_p that would be 0 in fp32, and take the last token."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -40,7 +43,7 @@ class Sampling:
             )
         logits = logits.float()
         # The largest becomes 0, so that a very small temperature cannot overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, SMALLEST)
         if self.top_k is None and self.top_p is None:
             return logits.softmax(-1)
         vocab_size = logits.shape[-1]
@@ -48,7 +51,7 @@ class Sampling:
         kept = top_logits.softmax(-1)
         if self.top_p is not None and self.top_p < 1:
             probability_above = kept.cumsum(-1) - kept
-            kept = kept.masked_fill(probability_above >= self.top_p, 0.0)
+            kept = kept.masked_fill(probability_above >= max(self.top_p, SMALLEST), 0.0)
             kept = kept / kept.sum(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, token_ids, kept)
 
@@ -63,3 +66,12 @@ class Sampling:
         drawn = torch.rand(len(sums), 1, dtype=torch.float64, device=sums.device, generator=generator)
         token_ids = torch.searchsorted(sums, (1 - drawn) * sums[:, -1:]).squeeze(-1)
         return token_ids.clamp(max=logits.shape[-1] - 1)  # of NaN; whoever decodes looks for these
+
+
+def seed_generator(rng: torch.Generator, seed: int | None) -> int:
+    """Seed `rng`, for None with a new one; the seed. Raises InputError for one that PyTorch cannot take."""
+    if seed is None:
+        return rng.seed()
+    if not -(2**63) <= seed < 2**64:
+        raise InputError(f"seed is {seed}, expected a number of 64 bits")
+    return rng.manual_seed(seed).initial_seed()

@@ -18,7 +18,7 @@ from ryzen_llm.decoding.drafting import Drafting, SpeculationStatistics
 from ryzen_llm.decoding.fixed_width import WIDEST
 from ryzen_llm.decoding.frame_room import with_frame_room
 from ryzen_llm.decoding.generation import Generation, joined, require_finite
-from ryzen_llm.decoding.sampling import Sampling
+from ryzen_llm.decoding.sampling import Sampling, seed_generator
 from ryzen_llm.decoding.verification import verify
 from ryzen_llm.errors import InputError
 
@@ -211,7 +211,7 @@ class SpeculativeDecoder:
 
     def _rngs(self, batch_size: int, seed: int | None) -> list[torch.Generator]:
         rngs = [torch.Generator(self.generator.device) for _ in range(batch_size)]
-        first = rngs[0].seed() if seed is None else rngs[0].manual_seed(seed).initial_seed()
+        first = seed_generator(rngs[0], seed)
         for row, rng in enumerate(rngs[1:], start=1):
             rng.manual_seed((first + row) % 2**63)
         return rngs

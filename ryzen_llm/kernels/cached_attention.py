@@ -161,9 +161,9 @@ def _visible(positions: Tensor, slots: int, ring: int, window: int, num_sinks: i
         last = positions[:, -1:]
         held = held + (last - last % ring)  # the position if written in this round of the ring,
         held = torch.where(held > last, held - ring, held)  # or else in the one before
-    distances = positions[:, :, None] - held[:, None]
-    seen = (distances >= 0) & (held[:, None] >= num_sinks)
-    return seen & (distances < window) if window else seen
+    positions, held = positions[:, :, None], held[:, None]
+    seen = (held <= positions) & (held >= num_sinks)  # of a byte each: differences would take eight
+    return seen & (held > positions - window) if window else seen
 
 
 def _grouped(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

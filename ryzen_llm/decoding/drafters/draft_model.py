@@ -53,7 +53,7 @@ class _Session(DraftSession):
 
     @torch.inference_mode()
     def propose(self, most: int) -> Draft:
-        common = len(self.read)
+        common = min(len(self.read), len(self.text) - 1)  # what follows the last token is asked for anew
         while self.read[:common] != self.text[:common]:
             common -= 1
         self.cache.truncate(common)

@@ -224,6 +224,8 @@ class _Unrolled(nn.Module):
         Its ids, signals, parents (see `Draft`) and how likely each is with all that it follows, in permille.
         `layout` is the draft's, which is all that a compiled graph knows it by.
         """
+        if not layout:  # read here, so that the graph is for this layout only
+            raise AssertionError("a draft has a layout")
         drafted: list[Tensor] = []
         branches = min(BRANCHES, len(self.heads.vocabulary))
         states, tokens = state[None], token[None]

@@ -204,6 +204,25 @@ def test_a_saved_prompt_goes_on_as_if_never_saved(
         assert torch.equal(sliding(ids[:, 190:193], cache), sliding(ids[:, 190:193], restored))
 
 
+def test_a_saved_cache_knows_what_its_ring_buffers_have_overwritten(
+    sliding: Transformer, ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """One text is rolled back: as before it was saved, it cannot be any further."""
+    cache, restored = new_cache(config=SLIDING), new_cache(config=SLIDING)
+    with torch.no_grad():
+        for row, length in enumerate((400, 100)):
+            part = cache.row(row, length)
+            sliding.run_blocks(ids[row : row + 1, :length], part.append(length), part.layers)
+        cache.truncate((300, 100))
+        save_cache(cache, tmp_path / "texts.safetensors", model_hash="m")
+        load_cache(restored, tmp_path / "texts.safetensors", model_hash="m")
+        assert restored.lengths == (300, 100)
+        for each in (cache, restored):
+            with pytest.raises(InputError, match="cannot truncate from 400 to 271"):
+                each.truncate((271, 100))
+        assert torch.equal(sliding(ids[:, :3], cache), sliding(ids[:, :3], restored))
+
+
 def test_a_saved_cache_that_does_not_fit_is_refused(
     model: Transformer, ids: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -235,7 +254,7 @@ def test_a_saved_cache_that_does_not_fit_is_refused(
         load_cache(fresh, path, model_hash="m")
     path.write_bytes(whole)
     save_file(load_file(path), path, metadata={"ryzen_llm_cache": json.dumps({"version": 0})})
-    with pytest.raises(InputError, match="has version 0, this program reads version 3"):
+    with pytest.raises(InputError, match="has version 0, this program reads version 4"):
         load_cache(fresh, path, model_hash="m")
     assert fresh.length == 0
 
@@ -375,6 +394,9 @@ def test_keys_and_values_that_are_not_finite_are_refused(name: str, value: float
     both[which, 0, 1, 2, 5] = value
     with pytest.raises(InputError, match="NaN, infinite or too large"):
         cache.layers[0].attend(torch.randn(1, 4, 3, 8), *both)
+    cache.reset()
+    cache.append(1)  # of what was refused nothing is left, not even where masked slots weigh it with 0
+    assert cache.layers[0].attend(torch.randn(1, 4, 1, 8), *both[:, :, :, :1]).isfinite().all()
 
 
 @pytest.mark.parametrize(

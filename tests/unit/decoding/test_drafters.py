@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ryzen_llm.decoding import Draft, Drafter, RecyclingDrafter, Step, SuffixDrafter
+from ryzen_llm.decoding import Draft, Drafter, DraftModelDrafter, RecyclingDrafter, Step, SuffixDrafter
 from ryzen_llm.decoding.drafters.recycling import CONTEXTS
 from ryzen_llm.decoding.drafters.suffix_automaton import SuffixAutomaton
+from ryzen_llm.model import ModelConfig, Transformer
 
 HIDDEN = torch.zeros(1)
 TEXTS = st.lists(st.integers(0, 2), min_size=1, max_size=40)
@@ -147,3 +148,14 @@ def test_the_table_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(table) for table in drafter.tables] == [10, 10, 10]
     assert propose(drafter, [49], 1).tokens == [50]
     assert propose(drafter, [3], 1).tokens == []
+
+
+def test_a_draft_model_goes_on_where_the_text_is_what_it_has_read() -> None:
+    """A pass may read less of a draft than was drafted, and find that right."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
+    config = ModelConfig(vocab_size=50, max_position_embeddings=64, **shape)
+    session = DraftModelDrafter(Transformer(config), 50).begin([1, 2, 3], HIDDEN)
+    tokens = list(session.propose(4).tokens)
+    session.update(step([], [], tokens[:1]))
+    assert list(session.propose(3).tokens) == tokens[1:]

@@ -88,6 +88,24 @@ def test_caches_of_any_length_find_room_among_the_compilations(monkeypatch: pyte
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_texts_that_come_to_differ_in_length_take_the_same_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond Dynamo's limit, which only a new shape is exempt from, it would be an error in mid-text."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    generator = Generator(build(), weights="fp32", compile=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(recompile_limit=1), torch.inference_mode():
+        for batch_size in (1, 2, 3):
+            cache = generator.new_cache(batch_size, 40)
+            tokens = torch.full((batch_size, 1), 3)
+            for length in ([2] * batch_size, range(1, batch_size + 1)):
+                for _ in range(3):
+                    generator.fixed_width(tokens, cache)
+                cache.truncate(list(length))
+                generator.fixed_width(tokens, cache)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 3
+
+
 @pytest.mark.parametrize("cache", ["dense", "int4-sinks"])
 @pytest.mark.parametrize("weights", ["bf16", "int4"])
 def test_a_pass_over_four_tokens_gives_what_four_over_one_give(cache: str, weights: str) -> None:

@@ -41,6 +41,7 @@ def build(tied: bool = True) -> Transformer:
 
 @pytest.fixture
 def heads() -> DraftHeads:
+    torch.manual_seed(5)
     heads = DraftHeads(HeadsConfig(32, 48, 4), torch.arange(3, 99, 2))
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -94,19 +95,24 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
         assert signal == 12 * (len(text) - 1) + min(int(-2 * math.log2(likely)), 11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_of_another_shape_have_a_graph_of_their_own(
-    heads: DraftHeads, monkeypatch: pytest.MonkeyPatch
+    heads: DraftHeads, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiled draft does not look at its modules."""
+    """A compiled draft does not look at its modules, some of which are quantised in bf16 and some not."""
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    model, state = build(), torch.randn(32)
-    wider = DraftHeads(HeadsConfig(32, 64, 4), torch.arange(0, 100, 5))
-    for parameter in wider.parameters():
+    model = build().to(dtype)
+    others = [
+        DraftHeads(HeadsConfig(32, size, 4), torch.arange(0, 96, step))
+        for size, step in ((64, 6), (64, 3), (96, 3), (48, 5))
+    ]
+    for parameter in (parameter for each in others for parameter in each.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)
     with torch.inference_mode():
-        for each in (heads, wider.eval(), heads):
-            compiled, eager = (HeadsDrafter(each, model, compile=compile) for compile in (True, False))
+        state = torch.randn(32, dtype=dtype)
+        for each in (heads, *others, heads):
+            compiled, eager = (HeadsDrafter(each.eval(), model, compile=compile) for compile in (True, False))
             assert compiled.draft(state, 7, 4) == eager.draft(state, 7, 4)
 
 

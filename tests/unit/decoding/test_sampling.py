@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ryzen_llm.decoding import Sampling
+from ryzen_llm.decoding.sampling import seed_generator
 from ryzen_llm.errors import InputError
 
 TOY_LOGITS = [2.0, 1.5, 1.0, 0.0, -1.0, -3.0]
@@ -104,9 +105,18 @@ def test_temperature_zero_is_the_most_likely_token_whatever_the_filters() -> Non
     assert sampling.probabilities(logits).tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
 
 
-def test_a_tiny_temperature_does_not_overflow() -> None:
+@pytest.mark.parametrize("sampling", [(1e-38, None, None), (1e-60, None, None), (1.0, None, 1e-60)])
+def test_tiny_settings_take_the_likeliest(sampling: tuple[float, None, float | None]) -> None:
+    """They must not overflow, nor become 0 in fp32: of the NaN that gives, the last token would be drawn."""
     logits = torch.tensor([[100.0, 99.0, -100.0]])
-    assert Sampling(1e-38).probabilities(logits).tolist() == [[1.0, 0.0, 0.0]]
+    assert Sampling(*sampling).probabilities(logits).tolist() == [[1.0, 0.0, 0.0]]
+    assert Sampling(*sampling).sample(logits).tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_beyond_64_bits_is_refused(seed: int) -> None:
+    with pytest.raises(InputError, match=f"seed is {seed}, expected a number of 64 bits"):
+        seed_generator(torch.Generator(), seed)
 
 
 def test_top_p_of_one_keeps_every_token() -> None:
