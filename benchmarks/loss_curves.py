@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         "where the hardware has it, torch.compile and the same AdamW; ours has its own model code, fused "
         "loss and measured kernels, transformers its LlamaForCausalLM.",
     )
-    parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small, 26M)")
+    parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small, 28M)")
     parser.add_argument("--source", default="stdlib", help="text, as data.source (default: stdlib)")
     parser.add_argument("--batch", type=int, default=2, help="sequences a step (default: 2)")
     parser.add_argument("--context", type=int, default=256, help="tokens a sequence (default: 256)")

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
         + "; ".join(f"{name}: {what}" for name, what in ARMS.items())
         + ".",
     )
-    parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small, 26M)")
+    parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small, 28M)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: 8)")
     parser.add_argument("--context", type=int, default=512, help="tokens a sequence (default: 512)")
     parser.add_argument("--rounds", type=int, default=8, help="steps timed of each arm (default: 8)")
