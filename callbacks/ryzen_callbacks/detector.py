@@ -15,7 +15,8 @@ from ryzen_callbacks.atomic_file import write_json
 from ryzen_callbacks.report_path import prepare_report_path
 from ryzen_callbacks.reports import AnomalyRow
 from ryzen_callbacks.rollback import LastGood
-from ryzen_callbacks.rules import KINDS, SIGNALS, default_rules
+from ryzen_callbacks.rule import Rule
+from ryzen_callbacks.rules import KINDS, OF_THE_WEIGHTS, SIGNALS, default_rules
 from ryzen_callbacks.step_callback import StepCallback
 from ryzen_callbacks.step_recorder import Step
 from ryzen_callbacks.trainer_values import validated
@@ -45,16 +46,17 @@ class AnomalyDetector(StepCallback):
         actions: what to do about each kind: "record" (only note it), "warn" (the default: also a warning on
             the console), "stop" (also end training after the running batch), or "rollback" (also restore
             weights and optimizer states of the last good checkpoint and go on with the next batch; see
-            `LastGood`).
+            `LastGood`). A fault that is still there after a rollback is a new one.
         path: a JSON file for the anomalies; None: none (`TrainingMetricsCollector` has them in its report).
         plateau_steps: report a loss that has not got better for this many steps; None: never.
         accuracy: name under which the module logs its validation accuracy.
         checkpoint_every_n_steps: how old the last good checkpoint may get; it is written at log intervals at
-            which nothing is wrong, and only if some kind's action is "rollback".
+            which nothing is found and no fault goes on, and only if some kind's action is "rollback".
         max_rollbacks: after this many, the next one stops training instead.
 
     Raises:
-        ValueError: an unknown kind or action, a count below 1; at set-up: a path that cannot be written.
+        ValueError: an unknown kind or action, an action for plateau without `plateau_steps`, a count below 1;
+            at set-up: a path that cannot be written.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class AnomalyDetector(StepCallback):
                 raise ValueError(
                     f"action {action!r} for {kind}; expected one of {', '.join(get_args(Action))}"
                 )
+        if "plateau" in self.actions and plateau_steps is None:
+            raise ValueError("an action for plateau needs plateau_steps: without it no plateau is looked for")
         for name, count in (
             ("plateau_steps", plateau_steps),
             ("checkpoint_every_n_steps", checkpoint_every_n_steps),
@@ -93,9 +97,14 @@ class AnomalyDetector(StepCallback):
         self.rollbacks: list[dict[str, int]] = []
         """What was undone: `at_step`, back `to_step`, because of the anomaly at `anomaly_step`."""
         self._rules = default_rules(plateau_steps)
+        self._rules_of_weights = [rule for rule in self._rules if rule.kind in OF_THE_WEIGHTS]
         self._last_good: LastGood | None = None
         self._to_undo: Anomaly | None = None
         self._well_at: int | None = None
+        self._good_rules: dict[str, dict[str, Any]] = {}
+        self._steps_done = 0
+        self._in_step = False
+        self._undone_up_to = 0
 
     def update(self, *, step: int, **signals: float | None) -> list[Anomaly]:
         """Judge the values of one optimizer step; return what is found.
@@ -133,6 +142,7 @@ class AnomalyDetector(StepCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._to_undo, self._undone_up_to = None, 0  # a run that failed may have left something
         if self.path is not None:
             prepare_report_path(trainer, self.path, self.path.name)
         if "rollback" in self.actions.values() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -141,32 +151,46 @@ class AnomalyDetector(StepCallback):
             self._last_good = LastGood(checkpoint, self.checkpoint_every_n_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the state before the first step, so that there is always something to go back to."""
+        """Keep the state before the first step, so that there is always something to go back to; put this
+        run's file in the place of another's.
+        """
         super().on_train_start(trainer, pl_module)
         if self._last_good is not None:
-            self._last_good.keep(trainer, self.last_step)
+            self._keep(trainer, self._last_good, self.last_step)
+        self._write(trainer)
 
     def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
         """Judge the steps and act on what is found."""
         columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
         for step in steps:
+            if step.step <= self._undone_up_to:
+                continue  # its weights are no more
             for name, value in signals_of(step.values).items():
                 numbers, values = columns[name]
                 numbers.append(step.step)
                 values.append(value)
         found = self._judge(columns)
-        self._well_at = None if found else self.last_step
+        sound = not found and not any(rule.in_doubt() for rule in self._rules_of_weights)
+        self._well_at = self.last_step if sound else None
         self._act(trainer, found)
 
     def between_batches(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Undo what is to be undone, or keep the present as good if it is what was judged last."""
-        if self._last_good is None:
-            return
-        if self._to_undo is not None:
-            self._roll_back(trainer, self._last_good, self._to_undo)
-            self._to_undo = None
-        elif self._well_at == step:
-            self._last_good.keep(trainer, step)
+        self._in_step = step == self._steps_done
+        self._steps_done = step
+        self._undo(trainer)
+        if self._last_good is not None and self._well_at == step:
+            self._keep(trainer, self._last_good, step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the steps before it, and validate no weights that are to be undone."""
+        super().on_validation_start(trainer, pl_module)
+        self._undo(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the epoch's last steps: there may be no batch after them to undo them."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._undo(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the validation accuracy."""
@@ -192,7 +216,7 @@ class AnomalyDetector(StepCallback):
             "anomalies": [{**vars(found), "expected": list(found.expected)} for found in self.anomalies],
             "not_kept": self.not_kept,
             "rollbacks": list(self.rollbacks),
-            "rules": [rule.state_dict() for rule in self._rules],
+            "rules": _states(self._rules),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,8 +228,7 @@ class AnomalyDetector(StepCallback):
         ]
         self.not_kept = state_dict["not_kept"]
         self.rollbacks = list(state_dict["rollbacks"])
-        for rule, state in zip(self._rules, state_dict["rules"], strict=True):
-            rule.load_state_dict(state)
+        _load_states(self._rules, state_dict["rules"])
 
     def _act(self, trainer: Trainer, found: list[Anomaly]) -> None:
         for anomaly in found:
@@ -223,13 +246,24 @@ class AnomalyDetector(StepCallback):
         if found:
             self._write(trainer)
 
+    def _keep(self, trainer: Trainer, last_good: LastGood, step: int) -> None:
+        if last_good.keep(trainer, step):
+            self._good_rules = _states(self._rules_of_weights)
+
+    def _undo(self, trainer: Trainer) -> None:
+        if self._last_good is not None and self._to_undo is not None:
+            self._roll_back(trainer, self._last_good, self._to_undo)
+            self._to_undo = self._well_at = None
+
     def _roll_back(self, trainer: Trainer, last_good: LastGood, anomaly: Anomaly) -> None:
         if len(self.rollbacks) >= self.max_rollbacks:
             rank_zero_warn(f"stopping: there were {self.max_rollbacks} rollbacks, and {anomaly.message}")
             trainer.should_stop = True
             return
         to_step = last_good.restore(trainer)
-        self.rollbacks.append({"at_step": self.last_step, "to_step": to_step, "anomaly_step": anomaly.step})
+        _load_states(self._rules, self._good_rules)
+        self._undone_up_to = self._steps_done + self._in_step
+        self.rollbacks.append({"at_step": self._steps_done, "to_step": to_step, "anomaly_step": anomaly.step})
         rank_zero_warn(f"weights and optimizer are back at step {to_step}; the batches since are skipped")
         self._write(trainer)
 
@@ -243,6 +277,18 @@ class AnomalyDetector(StepCallback):
             return
         rows = [row.model_dump() for row in self.rows()]
         write_json(self.path, {"schema_version": 1, "anomalies": rows, "rollbacks": self.rollbacks})
+
+
+def _states(rules: list[Rule]) -> dict[str, dict[str, Any]]:
+    """The rules' states by kind and signal."""
+    return {f"{rule.kind} of {rule.signal}": rule.state_dict() for rule in rules}
+
+
+def _load_states(rules: list[Rule], states: Mapping[str, dict[str, Any]]) -> None:
+    """Load what there is: a rule that is not in `states` stays as it is."""
+    for rule in rules:
+        if (name := f"{rule.kind} of {rule.signal}") in states:
+            rule.load_state_dict(states[name])
 
 
 def signals_of(values: Mapping[str, float]) -> dict[str, float]:

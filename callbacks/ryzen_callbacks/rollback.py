@@ -7,13 +7,18 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+_SCHEDULED = ("lr", "momentum", "betas", "weight_decay")
+"""What schedules change in a parameter group. Other entries may be an optimizer's state (Prodigy's `d`)."""
+
 
 class LastGood:
     """Keeps one checkpoint of a time when nothing was wrong, and restores it.
 
-    `keep` and `restore` are collectives. Restored are weights and optimizer states. The loops, the data and
-    the learning-rate schedules go on where they are, so that the batches since that checkpoint, the faulty
-    one among them, are skipped.
+    `keep` and `restore` are collectives. Restored are the module's state, the optimizers' states, and what
+    the hooks `on_load_checkpoint` of module and callbacks take from the checkpoint (the average of
+    `WeightAveraging`); gradients become zero. All else stays as it is: the batches since that checkpoint, the
+    faulty one among them, are skipped, and loops, learning rates and the other numbers that schedules change,
+    the loss scale, metrics, and the state that callbacks have by `state_dict` go on.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
@@ -21,19 +26,33 @@ class LastGood:
         self._every_n_steps = every_n_steps
         self._step: int | None = None
 
-    def keep(self, trainer: Trainer, step: int) -> None:
-        """Save the present state as good if the one kept is `every_n_steps` old, or if there is none."""
-        if self._step is None or step - self._step >= self._every_n_steps:
-            trainer.save_checkpoint(self._path)
-            self._step = step
+    def keep(self, trainer: Trainer, step: int) -> bool:
+        """Save the present state as good if the one kept is `every_n_steps` old, or if there is none; returns
+        whether it did.
+        """
+        if self._step is not None and step - self._step < self._every_n_steps:
+            return False
+        trainer.save_checkpoint(self._path)
+        self._step = step
+        return True
 
     def restore(self, trainer: Trainer) -> int:
         """Go back to the state kept; returns its step."""
         assert self._step is not None  # one is kept when training starts
+        module = trainer.lightning_module
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        scheduled = [{name: group[name] for name in _SCHEDULED if name in group} for group in groups]
         # This run wrote the file, so there is no stranger's pickle in it; a module's hyper-parameters may be.
         checkpoint = trainer.strategy.load_checkpoint(self._path, weights_only=False)
-        trainer.strategy.load_model_state_dict(checkpoint)
+        module.on_load_checkpoint(checkpoint)
+        trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_load_checkpoint(trainer, module, checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group, present in zip(groups, scheduled, strict=True):
+            group.update(present)
+        module.zero_grad(set_to_none=False)  # in place: a CUDA graph writes to where they are
         return self._step
 
     def remove(self, trainer: Trainer) -> None:

@@ -18,6 +18,8 @@ class Rule(ABC):
 
     signal: str
     """Name of the value it watches."""
+    kind: str
+    """What it calls an anomaly. No two rules have both the same signal and the same kind."""
 
     @abstractmethod
     def update(self, step: int, value: float) -> Anomaly | None:
@@ -27,6 +29,10 @@ class Rule(ABC):
         """Judge many values: what `update` finds, one after the other, for less where nothing is wrong."""
         found = (self.update(step, value) for step, value in zip(steps, values, strict=True))
         return [anomaly for anomaly in found if anomaly is not None]
+
+    def in_doubt(self) -> bool:
+        """Whether a fault is going on, or what may turn out to be one."""
+        return False
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from ryzen_callbacks.slow_rules import ADVICE, LevelShift, Plateau
 from ryzen_callbacks.sudden_rules import NonFinite, Spike, Stall
 
 KINDS = ("loss_spike", "grad_norm_spike", "non_finite", "stall", "plateau", *ADVICE)
+OF_THE_WEIGHTS = ("loss_spike", "grad_norm_spike", "non_finite", "divergence", "accuracy_drop")
+"""Kinds of rules whose statistics are of what the weights give: they go back where the weights go back."""
 SIGNALS = ("loss", "grad_norm", "step_time", "throughput", "data_wait_share", "memory", "accuracy")
 
 

@@ -7,8 +7,10 @@ import csv
 import gzip
 import json
 import sys
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -47,10 +49,10 @@ def scan(path: str | Path, plateau_steps: int | None = None) -> list[Anomaly]:
 
 def read_log(path: str | Path) -> Rows:
     """Values by name (as in `Step.values`, and `accuracy`) by step, of a CSV file (.csv or .csv.gz, with a
-    `step` column) or a folder of TensorBoard events.
+    `step` column) or a folder of TensorBoard events. A CSV file's last row is left out if it is cut off.
 
     Raises:
-        ValueError: there is nothing there to look at, or a value is no number.
+        ValueError: it cannot be read, there is nothing there to look at, or a value is no number.
     """
     path = Path(path)
     rows = _read_tensorboard(path) if path.is_dir() else _read_csv(path)
@@ -63,18 +65,40 @@ def _read_csv(path: Path) -> Rows:
     rows: Rows = {}
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", newline="", encoding="utf-8") as file:
+        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if "step" not in (reader.fieldnames or ()):
                 raise ValueError(f"{path} has no column 'step'")
-            for record in reader:
-                for column, text in record.items():
-                    _put(rows, int(float(record["step"])), column, text)
-    except (OSError, UnicodeDecodeError) as error:
+            for line, record in _whole_records(reader):
+                try:
+                    step = _step(record["step"])
+                    for column, text in record.items():
+                        _put(rows, step, column, text)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {line}: {error}") from error
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"cannot read {path} as CSV ({error}), expected a CSV file or a folder of TensorBoard events"
         ) from error
     return rows
+
+
+def _whole_records(reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str | Any, str | Any]]]:
+    """The records with their lines' numbers; without the last one if it is cut off."""
+    before = None
+    for record in reader:
+        if before is not None:
+            yield before
+        before = reader.line_num, record
+    if before is not None and None not in before[1].values():
+        yield before
+
+
+def _step(text: str | None) -> int:
+    try:
+        return int(float(text or ""))
+    except (ValueError, OverflowError):
+        raise ValueError(f"the step is {text!r}, expected a whole number") from None
 
 
 def _read_tensorboard(path: Path) -> Rows:

@@ -107,6 +107,10 @@ class LevelShift(_Blocks):
             f"{ADVICE[self.kind]}",
         )
 
+    def in_doubt(self) -> bool:
+        """Whether the last full block lay above the line."""
+        return self._above > 0
+
     def _judged(self, value: float) -> float:
         return self._direction * (math.log(max(value, 1e-30)) if self._log else value)
 
@@ -130,6 +134,7 @@ class Plateau(_Blocks):
     """
 
     signal = "loss"
+    kind = "plateau"
 
     def __init__(self, steps: int, margin: float = 0.01, block: int = 32) -> None:
         self._steps = steps
@@ -149,7 +154,7 @@ class Plateau(_Blocks):
         since, self._best_step = self._best_step, step  # reported again only after as many steps more
         return Anomaly(
             step,
-            "plateau",
+            self.kind,
             "warning",
             level,
             (None, self._best - self._margin),

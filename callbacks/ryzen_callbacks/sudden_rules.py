@@ -15,6 +15,8 @@ from ryzen_callbacks.window import Window
 class NonFinite(Rule):
     """NaN or infinity. Critical for the loss; mixed precision in fp16 overflows a gradient now and then."""
 
+    kind = "non_finite"
+
     def __init__(self, signal: str) -> None:
         self.signal = signal
         self._going_on = False
@@ -27,7 +29,7 @@ class NonFinite(Rule):
             return None
         return Anomaly(
             step,
-            "non_finite",
+            self.kind,
             "critical" if self.signal == "loss" else "warning",
             value,
             (None, None),
@@ -40,6 +42,10 @@ class NonFinite(Rule):
         if not self._going_on and all(map(math.isfinite, values)):
             return []
         return super().update_all(steps, values)
+
+    def in_doubt(self) -> bool:
+        """Whether the last value was not finite."""
+        return self._going_on
 
     def state_dict(self) -> dict[str, Any]:
         """Plain Python state."""
@@ -64,6 +70,10 @@ class _Sudden(Rule):
 
     def _judged(self, value: float) -> float:
         return value
+
+    def in_doubt(self) -> bool:
+        """Whether the last value was anomalous."""
+        return self._streak > 0
 
     def update_all(self, steps: Sequence[int], values: Sequence[float]) -> list[Anomaly]:
         """Judge many values: those that are plainly no anomaly enter the window together."""
@@ -175,6 +185,7 @@ class Stall(_Sudden):
     """
 
     signal = "step_time"
+    kind = "stall"
 
     def __init__(self, factor: float = 5.0, floor: float = 0.1, window: int = 512, warmup: int = 64) -> None:
         self._factor = factor
@@ -194,11 +205,11 @@ class Stall(_Sudden):
             if value > high:
                 anomaly = Anomaly(
                     step,
-                    "stall",
+                    self.kind,
                     "warning",
                     value,
                     (None, high),
-                    f"step {step} took {value:.3g} s, {value / usual:.1f} times the usual {usual:.3g} s: "
+                    f"step {step} took {value:.3g} s, where {usual:.3g} s is usual: "
                     "look for a slow disk or network, another job on the machine, or a recompilation",
                 )
         # It enters the window all the same: a slow step that comes back is then expected.

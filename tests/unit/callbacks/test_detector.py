@@ -106,6 +106,14 @@ def test_one_slow_step_is_a_stall() -> None:
     assert [(a.kind, a.step) for a in found] == [("stall", 300)]
 
 
+def test_a_slow_step_after_steps_too_short_for_the_clock_is_a_stall() -> None:
+    """The usual time is then zero, by which nothing can be divided."""
+    detector, found = AnomalyDetector(), []
+    for step in range(101):
+        found += detector.update(step=step, step_time=1.0 if step == 100 else 0.0)
+    assert [(a.kind, a.step) for a in found] == [("stall", 100)]
+
+
 @pytest.mark.parametrize("period", [5, 10, 100])
 def test_slow_steps_that_come_back_are_no_stalls_once_they_are_known(period: int) -> None:
     """An optimizer that works every tenth step, a checkpoint every hundredth: the third is the last news."""
@@ -144,6 +152,19 @@ def test_a_detector_goes_on_from_its_state_as_if_never_interrupted() -> None:
             second.update(**values)
         assert second.anomalies == whole.anomalies
         assert second.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize(("before", "after"), [(100, None), (None, 100)])
+def test_a_run_can_be_resumed_with_plateaus_asked_for_or_no_more(
+    before: int | None, after: int | None
+) -> None:
+    """A rule without a state begins anew, a state without a rule is of no use; the others go on."""
+    first, second = AnomalyDetector(plateau_steps=before), AnomalyDetector(plateau_steps=after)
+    run(first, clean_losses(300))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    old, new = first.state_dict()["rules"], second.state_dict()["rules"]
+    assert set(old) ^ set(new) == {"plateau of loss"}
+    assert all(new[name] == old[name] for name in set(old) & set(new))
 
 
 SIGNAL_FAULTS = {
@@ -217,10 +238,11 @@ def test_the_list_of_anomalies_is_bounded_and_the_rest_counted() -> None:
 @pytest.mark.parametrize(
     ("actions", "message"),
     [
+        ({"plateau": "stop"}, "plateau needs plateau_steps"),
         ({"loss_spikes": "stop"}, "unknown kind"),
         ({"stall": "explode"}, "expected one of record, warn, stop, rollback"),
     ],
 )
-def test_unknown_kinds_and_actions_are_refused(actions: Any, message: str) -> None:
+def test_unknown_kinds_and_actions_that_can_never_be_taken_are_refused(actions: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnomalyDetector(actions)

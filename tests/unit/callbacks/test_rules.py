@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ryzen_callbacks.rules import SIGNALS, default_rules
@@ -50,3 +51,26 @@ def test_many_values_at_once_give_what_they_give_one_by_one(stretches: list[tupl
             assert repr(found) == repr([a for a in expected if a is not None])  # NaN is not equal to itself
             assert without_cache(one.state_dict()) == without_cache(other.state_dict())
     assert {rule.signal for rule in together} == set(SIGNALS)
+
+
+@pytest.mark.parametrize(
+    ("signal", "kind", "bad", "length"),
+    [("loss", "non_finite", math.nan, 1), ("loss", "loss_spike", 9.0, 1), ("loss", "divergence", 9.0, 32)],
+)
+def test_a_rule_is_in_doubt_while_a_fault_goes_on_and_no_longer(
+    signal: str, kind: str, bad: float, length: int
+) -> None:
+    """No checkpoint is taken for good in the meantime."""
+    (rule,) = [r for r in default_rules(None) if (r.signal, r.kind) == (signal, kind)]
+    rule.update_all(range(96), [1.0] * 96)
+    assert not rule.in_doubt()
+    rule.update_all(range(96, 96 + length), [bad] * length)
+    assert rule.in_doubt()
+    rule.update_all(range(200, 232), [1.0] * 32)
+    assert not rule.in_doubt()
+
+
+def test_no_two_rules_have_the_same_name_in_a_checkpoint() -> None:
+    """One's state would be lost."""
+    names = [(rule.kind, rule.signal) for rule in default_rules(100)]
+    assert len(set(names)) == len(names)

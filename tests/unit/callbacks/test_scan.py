@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from ryzen_callbacks.scan import main, scan
+from ryzen_callbacks.scan import main, read_log, scan
 from torch.utils.tensorboard import SummaryWriter
 
 SPIKE, SLOW = 300, 400
@@ -54,6 +54,25 @@ def test_lightnings_csv_log_has_a_values_row_and_an_epochs_row_for_one_step(tmp_
     assert [(a.step, a.kind) for a in scan(path)] == [(150, "loss_spike")]
 
 
+def test_a_last_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    """A run that was killed: its last row has half a loss and no step, or a step and no loss."""
+    path = tmp_path / "log.csv"
+    for header, row, cut in (
+        ("epoch,loss,step", "0,{loss},{step}", "0,1"),
+        ("step,loss,epoch", "{step},{loss},0", "200,9"),
+    ):
+        rows = [row.format(step=step, loss=3.0 + (step == 150)) for step in range(200)]
+        path.write_text("\n".join([header, *rows, cut]))
+        assert [(a.step, a.kind) for a in scan(path)] == [(150, "loss_spike")]
+
+
+def test_a_byte_order_mark_does_not_belong_to_the_first_columns_name(tmp_path: Path) -> None:
+    """Excel begins its CSV files with one."""
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + b"step,loss\n1,2.5\n")
+    assert read_log(path) == {1: {"loss": 2.5}}
+
+
 def test_the_command_prints_a_line_for_each_anomaly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,22 +86,33 @@ def test_the_command_prints_a_line_for_each_anomaly(
     assert [a["step"] for a in json.loads(capsys.readouterr().out)] == [SPIKE, SLOW]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing.csv", None, "cannot read"),
-        ("binary.csv", b"\xff\xfe\x00\x01", "cannot read"),
-        ("broken.csv.gz", b"no gzip", "cannot read"),
-        ("nostep.csv", b"loss\n1.0\n", "no column 'step'"),
-        ("unknown.csv", b"step,joy\n1,2\n", "no column or tag that is known"),
-        ("words.csv", b"step,loss\n1,high\n", "high"),
-        ("empty.csv", b"", "no column 'step'"),
-    ],
-)
+BAD_LOGS: dict[str, tuple[bytes | None, str]] = {
+    "missing.csv": (None, "cannot read"),
+    "binary.csv": (b"\xff\xfe\x00\x01", "cannot read"),
+    "broken.csv.gz": (b"no gzip", "cannot read"),
+    "cut.csv.gz": (gzip.compress(b"step,loss\n" + b"1,1.0\n" * 99)[:-12], "cannot read"),
+    "damaged.csv.gz": (gzip.compress(b"")[:10] + b"\xff" * 20, "cannot read"),
+    "long.csv": (b"step,loss\n1," + b"1" * 200_000 + b"\n", "cannot read"),
+    "nostep.csv": (b"loss\n1.0\n", "no column 'step'"),
+    "unknown.csv": (b"step,joy\n1,2\n", "no column or tag that is known"),
+    "empty.csv": (b"", "no column 'step'"),
+    "words.csv": (
+        b"step,loss\n1,1.0\n2,high\n",
+        "words.csv, line 3: could not convert string to float: 'high'",
+    ),
+    "gap.csv": (b"step,loss\n1,1.0\n,1.0\n", "gap.csv, line 3: the step is '', expected a whole number"),
+    "short.csv": (b"loss,step\n1.0\n1.0,1\n", "short.csv, line 2: the step is None, expected"),
+    "word.csv": (b"step,loss\none,1.0\n", "word.csv, line 2: the step is 'one', expected"),
+    "endless.csv": (b"step,loss\ninf,1.0\n", "endless.csv, line 2: the step is 'inf', expected"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LOGS)
 def test_a_bad_log_ends_with_status_2_and_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = tmp_path / name
+    content, message = BAD_LOGS[name]
     if content is not None:
         path.write_bytes(content)
     assert main([str(path)]) == 2
