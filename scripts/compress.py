@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -47,10 +48,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _compress(options: argparse.Namespace) -> None:
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise InputError(f"{options.out}: is there already; name another directory, or remove it")
-    if options.heal_steps < 0 or options.context < 2:
-        raise InputError("--heal-steps must be zero or more, and --context 2 or more")
+    try:
+        out = Path(os.path.abspath(options.out.expanduser()))
+        in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except (OSError, RuntimeError) as error:  # a name that is too long, or ~ of nobody
+        raise InputError(f"--out {options.out}: {getattr(error, 'strerror', error)}") from error
+    if in_use:
+        raise InputError(f"{out}: is there already; name another directory, or remove it")
+    if options.heal_steps < 0 or options.context < 2 or options.tokens < 1:
+        raise InputError("--heal-steps must be zero or more, --context 2 or more, and --tokens 1 or more")
     model, tokenizer = load_pretrained(options.model)
     ids: list[int] = []
     wanted = options.tokens * _TEXT
@@ -71,7 +77,7 @@ def _compress(options: argparse.Namespace) -> None:
     compressed, quality, report = compressor.apply(choice.embedding), choice.chosen.quality, choice.report()
     if options.heal_steps:
         trainable = compressor.trainable(choice.chosen)
-        healing = options.out.with_name(f"{options.out.name}-healing")
+        healing = out.with_name(f"{out.name}-healing")
         healed = heal(
             model,
             trainable,
@@ -89,7 +95,7 @@ def _compress(options: argparse.Namespace) -> None:
         if kept:
             compressed, quality = healed, after
     compressed.embedding.to(torch.bfloat16)
-    written = export_pretrained(compressed, tokenizer, options.out, densify=False, dtype="bf16")
+    written = export_pretrained(compressed, tokenizer, out, densify=False, dtype="bf16")
     write_json(written / REPORT, report)
     print(
         f"{choice.chosen.kind}: {choice.chosen.ratio:.2f}x smaller than dense bf16, perplexity "

@@ -62,6 +62,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         prompts = _prompts(options)
+        if options.seed is not None and not -(2**63) <= options.seed < 2**64:
+            raise InputError(f"--seed is {options.seed}, expected a number of 64 bits")
         model, tokenizer = load_pretrained(options.model)
         generator = Generator(
             model,
@@ -97,7 +99,8 @@ def answer_all(
     """A dictionary for each prompt, in their order.
 
     Greedy prompts are decoded together, without padding; what is drawn at random is drawn for each prompt by
-    itself. So every prompt has the text that it would have alone.
+    itself. So every prompt has the text that it would have alone. In a chat, the text is without the token
+    that ends a turn.
     """
     encoded = [_encode(tokenizer, prompt, options.chat) for prompt in prompts]
     together = MOST_TOGETHER if options.temperature == 0 else 1
@@ -105,13 +108,15 @@ def answer_all(
     for start in range(0, len(prompts), together):
         batch = slice(start, start + together)
         out = _generate(generator, tokenizer, encoded[batch], options)
-        for prompt, row in zip(prompts[batch], out.new_ids.tolist(), strict=True):
+        for prompt, ids, row in zip(prompts[batch], encoded[batch], out.new_ids.tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in tokenizer.stop_ids), None)
             new_ids = row[:end]
+            decoder = _decoder(tokenizer, ids, options)
+            text = decoder.push(new_ids[:-1] if options.chat and end else new_ids) + decoder.finish()
             answers.append(
                 {
                     "prompt": prompt,
-                    "text": tokenizer.decode(new_ids),
+                    "text": text,
                     "ids": new_ids,
                     "tokens_per_second": out.tokens_per_second,
                     "accepted_per_step": out.accepted_per_step,
@@ -125,21 +130,30 @@ def answer_all(
 def converse(generator: Generator, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
     """Take turns with the user until the end of input, the whole conversation before the model each time."""
     messages: list[dict[str, str]] = []
+    _encode(tokenizer, "Hello", chat=True)  # fails where no turn can work
     while True:
         try:
             said = input("> ").strip()
+            said.encode()
         except EOFError:
             print()
             return
-        if said:
-            messages.append({"role": "user", "content": said})
+        except UnicodeError as error:
+            raise InputError("what was said is not UTF-8 text") from error
+        if not said:
+            continue
+        messages.append({"role": "user", "content": said})
+        try:
             ids = tokenizer.encode_rendered(render_chat(tokenizer, messages))
             messages.append({"role": "assistant", "content": _stream(generator, tokenizer, ids, options)})
+        except InputError as error:  # too long, for one: the conversation goes on without it
+            messages.pop()
+            exit_with(error)
 
 
 def _stream(generator: Generator, tokenizer: Tokenizer, ids: list[int], options: argparse.Namespace) -> str:
     """Print the text as it comes, without the token that ends a turn; returns it."""
-    decoder = StreamDecoder(tokenizer)
+    decoder = _decoder(tokenizer, ids, options)
     pieces: list[str] = []
 
     def show(piece: str) -> None:
@@ -154,6 +168,11 @@ def _stream(generator: Generator, tokenizer: Tokenizer, ids: list[int], options:
     show(decoder.finish())
     print()
     return "".join(pieces)
+
+
+def _decoder(tokenizer: Tokenizer, ids: list[int], options: argparse.Namespace) -> StreamDecoder:
+    """For what follows `ids`: a text that goes on with its space, or a turn, which is a text of its own."""
+    return StreamDecoder(tokenizer, after=() if options.chat else ids)
 
 
 def _generate(
@@ -194,9 +213,13 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         try:
             from_stdin = options.prompt_file == "-"
             text = sys.stdin.read() if from_stdin else Path(options.prompt_file).read_text(encoding="utf-8")
-            prompts += [line for line in text.splitlines() if line.strip()]
+            prompts += [line for line in text.split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--prompt-file {options.prompt_file}: cannot be read ({error})") from error
+    try:
+        "".join(prompts).encode()
+    except UnicodeEncodeError as error:
+        raise InputError("a prompt is not UTF-8 text") from error
     if "" in prompts:
         raise InputError("--prompt is empty, expected the beginning of a text")
     if not prompts and (options.prompt_file or not options.chat):

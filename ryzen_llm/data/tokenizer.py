@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ class Tokenizer:
         self.end_of_text_id: int = vocabulary[names[0]]
         self.stop_ids = tuple(sorted({self.end_of_text_id, *self.special.stop_ids}))
         self.vocab_size: int = max(vocabulary.values()) + 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The library's own pickle forgets `encode_special_tokens`, and lets texts forge special tokens.
+        return type(self).from_json, (self.to_json(),)
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -186,11 +191,12 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Return the token ids of what a chat template made, in which special tokens are spelled out."""
-        self._backend.encode_special_tokens = False
-        try:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        finally:
-            self._backend.encode_special_tokens = True
+        return self._reads_special.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _reads_special(self) -> tokenizers.Tokenizer:
+        """Reads special tokens: one apart, because other threads encode with `_backend` meanwhile."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts on all cores, each as `encode_prompt` does."""
@@ -205,13 +211,19 @@ class Tokenizer:
 class StreamDecoder:
     """Decode ids as they are generated, giving out text only when its characters are complete.
 
-    All that `push` returns, then `finish`, add up to `tokenizer.decode` of all ids.
+    All that `push` returns, then `finish`, add up to `tokenizer.decode` of all ids, but for one thing:
+    SentencePiece's tokenizers decode a run of byte tokens that is no UTF-8 as U+FFFD for each of its bytes,
+    also of the whole characters at its beginning, which are given out here before the run ends.
+
+    Args:
+        tokenizer: What the ids are of.
+        after: The ids before the first; their text is not given out.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         # The ids given out last: some decoders join words by looking at the token before.
-        self._context: list[int] = []
+        self._context = list(after)
         self._pending: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:

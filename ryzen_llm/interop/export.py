@@ -57,7 +57,10 @@ def export_pretrained(
     Raises InputError for a directory that is in use or cannot be written, an unknown dtype, and a model whose
     combination of options no architecture of transformers has.
     """
-    directory = Path(directory).expanduser().absolute()
+    try:
+        directory = Path(directory).expanduser().absolute()
+    except RuntimeError as error:  # ~ of nobody
+        raise InputError(f"{directory}: {error}") from error
     target = dtype_named(dtype)
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}, expected 1 or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,15 +68,17 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             backend = _sentencepiece(fields, tokens, vocabulary)
         else:
             raise InputError(f"{fields.where}: model {kind[:60]!r} is not supported, expected gpt2 or llama")
+        for special, number in ((True, _CONTROL), (False, _USER_DEFINED)):
+            added = [token for token, type_ in zip(tokens, types, strict=False) if type_ == number]
+            backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"{fields.where}: cannot be built ({error})") from error
-    for special, number in ((True, _CONTROL), (False, _USER_DEFINED)):
-        added = [token for token, type_ in zip(tokens, types, strict=False) if type_ == number]
-        backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     bos, eos = (_token(fields, f"{name}_token_id", tokens) for name in ("bos", "eos"))
     if fields.flag("add_bos_token", kind == "llama" or pre == "llama-bpe") and bos is not None:
+        if re.search(r"^\$|[ :]", bos):  # which mean something in a template
+            raise InputError(f"{fields.where}: {bos[:60]!r} cannot be the token that begins a text")
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )

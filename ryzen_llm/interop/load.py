@@ -25,8 +25,12 @@ def load_pretrained(path: str | Path, dtype: str = "fp32") -> tuple[Transformer,
     option that is not supported, and for a damaged file.
     """
     target = dtype_named(dtype)
-    path = Path(path).expanduser()
-    if not path.exists():
+    try:
+        path = Path(path).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or ~ of nobody
+        raise InputError(f"model {path}: {getattr(error, 'strerror', error)}") from error
+    if not found:
         raise InputError(f"model {path}: no such file or directory")
     if path.is_file() or is_sharded(path):
         return load_gguf(path, target) if path.suffix == ".gguf" else _checkpoint(path, target)

@@ -1,9 +1,13 @@
 """Encoding loses nothing, no text forges a special token, training is deterministic, bad files refused."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from hypothesis import strategies as st
 from random_text import random_text
 from tokenizers import models
 
-from ryzen_llm.data.tokenizer import END_OF_TEXT, StreamDecoder, Tokenizer
+from ryzen_llm.data.tokenizer import END_OF_TEXT, SpecialTokens, StreamDecoder, Tokenizer
 from ryzen_llm.errors import InputError
 
 DOCUMENTS = [random_text(i, 200) for i in range(40)]
@@ -41,6 +45,28 @@ def test_text_cannot_forge_end_of_text(before: str, after: str) -> None:
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.end_of_text_id not in ids
     assert TOKENIZER.decode(ids) == text
+
+
+def test_what_one_thread_renders_lets_no_other_forge_special_tokens() -> None:
+    """A server encodes what users say while it renders other chats."""
+    with ThreadPoolExecutor() as pool:
+        rendering = [pool.submit(TOKENIZER.encode_rendered, END_OF_TEXT + "a" * 200_000) for _ in range(20)]
+        while not all(done.done() for done in rendering):
+            assert TOKENIZER.end_of_text_id not in TOKENIZER.encode(END_OF_TEXT)
+    assert all(done.result()[0] == TOKENIZER.end_of_text_id for done in rendering)
+
+
+@pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy])
+def test_a_copy_is_the_same_tokenizer(copied: Callable[[Tokenizer], Tokenizer]) -> None:
+    """Processes are given one by pickle, and no text forges a special token there either."""
+    special = SpecialTokens("<s>", END_OF_TEXT, (7,), "{{ messages }}")
+    original = Tokenizer.from_json(TOKENIZER.to_json(), special)
+    assert original.encode_rendered(END_OF_TEXT) == [original.end_of_text_id]
+    again = copied(original)
+    assert again.to_json() == original.to_json()
+    assert again.special == special
+    assert again.encode(END_OF_TEXT) == TOKENIZER.encode(END_OF_TEXT)
+    assert again.encode_rendered(END_OF_TEXT) == [original.end_of_text_id]
 
 
 def test_a_reloaded_tokenizer_is_the_same(tmp_path: Path) -> None:
@@ -105,6 +131,14 @@ def test_streaming_adds_up_to_decoding_the_whole(text: str, more: list[int], dat
         ids = ids[count:]
     streamed += decoder.finish()
     assert streamed == TOKENIZER.decode(TOKENIZER.encode(text) + more)
+
+
+@given(any_text, any_text)
+def test_streaming_after_other_ids_gives_out_the_rest_of_the_text(before: str, text: str) -> None:
+    """The text of a prompt's ids is not given out again."""
+    decoder = StreamDecoder(TOKENIZER, after=TOKENIZER.encode(before))
+    pieces = [decoder.push([token]) for token in TOKENIZER.encode(text)]
+    assert "".join(pieces) + decoder.finish() == text
 
 
 def test_streaming_gives_out_whole_characters_as_soon_as_they_are_complete() -> None:

@@ -93,6 +93,8 @@ def test_nothing_is_written_over_and_nothing_is_left_half_written(
     model, tokenizer = load_pretrained(directory)
     with pytest.raises(InputError, match="is there already"):
         export_pretrained(model, tokenizer, directory)
+    with pytest.raises(InputError, match="~nobodyx/out: Could not determine home directory"):
+        export_pretrained(model, tokenizer, "~nobodyx/out")
     out = tmp_path / "out"
 
     def fail(*_: Any) -> None:

@@ -1,5 +1,6 @@
 """A GGUF file gives the model that it was made of, or is refused by the name of the obstacle."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_an_unknown_pre_tokenizer_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "llama", "llama")
     metadata = GGUFFile(tmp_path / "m.gguf").metadata | {"tokenizer.ggml.pre": "tekken"}
     with pytest.raises(InputError, match="pre-tokenizer 'tekken' is not supported, expected one of gpt-2"):
+        read_tokenizer(metadata, "file")
+
+
+@pytest.mark.parametrize("bos", ["a b", "$A", "$B", "x:y"])
+def test_a_first_token_that_a_template_would_misread_is_refused(bos: str) -> None:
+    """The tokenizers library would repeat the text, or panic when it encodes one."""
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", bos, "</s>"],
+        "tokenizer.ggml.scores": [0.0] * 3,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    with pytest.raises(InputError, match=re.escape(f"{bos!r} cannot be the token that begins a text")):
         read_tokenizer(metadata, "file")
 
 

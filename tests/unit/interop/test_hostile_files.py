@@ -253,12 +253,63 @@ def tokenizer(sound: Path) -> Tokenizer:
         "{{ raise_exception('roles must alternate') }}",
         "{{ 1 // 0 }}",
         "{{ messages[7].content.x }}",
+        "{{ cycler().next() }}",
+        "{{ 1|xmlattr }}",
+        "{% for a in [1] %}" * 21 + "{% endfor %}" * 21,
+        "{{ 'a'.ljust(100000000) }}",
+        "{{ ('a'|attr('rjust'))(100000000) }}",
+        "{{ 'a'.encode().zfill(100000000)|length }}",
+        "{{ '\t'.expandtabs(tabsize=100000000) }}",
+        "{{ (1).to_bytes(100000000, 'big')|length }}",
+        "{{ lipsum(100000) }}",
+        "{{ '%0100000000d' % 1 }}",
+        "{{ '%*d' % (100000000, 1) }}",
+        "{{ ('%0100000000d'.encode() % 1)|length }}",
+        "{{ '%-*d'|format(100000000, 1) }}",
+        "{{ '{:0100000000d}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 100000000) }}",
+        "{{ '{a:>{w}}'.format_map({'a': 1, 'w': 100000000}) }}",
+        "{{ 'a'|indent(100000000, first=true) }}",
+        "{{ ['a']|map('center', 100000000)|first }}",
+        "{% filter center(width=100000000) %}a{% endfilter %}",
+        "{{ [1]|batch(100000000, 0)|first|length }}",
+        "{{ [1]|slice(1000000)|list|length }}",
+        "{{ 1|round(1000000, 'ceil') }}",
+        "{{ [1]|tojson(indent=100000000) }}",
     ],
 )
 def test_a_hostile_template_is_one_error(template: str, tokenizer: Tokenizer) -> None:
     hostile = Tokenizer(tokenizer._backend, SpecialTokens(chat_template=template))
     with pytest.raises(InputError, match="chat template failed"):
         render_chat(hostile, [{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ range(2 ** 3)|length }} {{ 2 ** -1 }} {{ 3 * 2.5 }} {{ 20000 % 7 }}", "8 0.5 7.5 1"),
+        ("{{ '**%s** %5.1f 100%%' % ('x', 20000) }} {{ '%d'|format(123456) }}", "**x** 20000.0 100% 123456"),
+        ("{{ '{} {:>3} {a}'.format(123456, 2, a='x') }}", "123456   2 x"),
+        ("{{ 'x'.center(3) }}{{ 'a\nb'|indent(2) }}{{ 20000.26|round(1) }}", " x a\n  b20000.3"),
+        ("{{ n|default(32768) }}{{ [1, 2, 3]|batch(2)|list }}", "32768[[1, 2], [3]]"),
+    ],
+)
+def test_numbers_and_formats_of_usual_size_work(template: str, text: str, tokenizer: Tokenizer) -> None:
+    """What is refused in the test above is their size."""
+    ours = Tokenizer(tokenizer._backend, SpecialTokens(chat_template=template))
+    assert render_chat(ours, [{"role": "user", "content": "hi"}]) == text
+
+
+def test_a_template_that_needs_more_memory_than_there_is_is_one_error(tokenizer: Tokenizer) -> None:
+    """Such as one that doubles a text again and again, which the sandbox lets it."""
+
+    class Large:
+        def __str__(self) -> str:
+            raise MemoryError
+
+    ours = Tokenizer(tokenizer._backend, SpecialTokens(chat_template="{{ messages[0].content }}"))
+    with pytest.raises(InputError, match="chat template failed: MemoryError"):
+        render_chat(ours, [{"role": "user", "content": Large()}])  # type: ignore[dict-item]
 
 
 def test_the_templates_of_real_models_render_as_in_transformers(tokenizer: Tokenizer) -> None:
@@ -269,6 +320,11 @@ def test_the_templates_of_real_models_render_as_in_transformers(tokenizer: Token
         "{%- endif %}{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
         "{{ raise_exception('role') }}{% endif %}[{{ loop.index0 * 2 }}{{ m.role }}]{{ m.content | tojson }}"
         "{% if loop.last %}{% break %}{% endif %}\n    {% endfor %}"
+        "{{ {'z': 'é', 'a': 1} | tojson(ensure_ascii=true, indent=2, sort_keys=true) }}"
+        "{{ {'z': 'é', 'a': 1} | tojson(separators=(',', ':')) }}"
+        "{%- set said = 'no' -%}\n{%- for m in messages -%}\n  {%- generation -%}\n"
+        "  {%- set said = 'yes' -%}\n  {{ m.content ~ loop.index }}\n  {%- endgeneration -%}\n"
+        "{%- endfor -%}{{ said }}"
         "{% if add_generation_prompt %}<assistant>{% endif %}{{ eos_token }}"
     )
     messages = [{"role": "system", "content": " be <brief> 'é' "}, {"role": "user", "content": "hi\n"}]

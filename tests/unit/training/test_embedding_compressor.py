@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -206,23 +207,45 @@ def test_models_and_budgets_that_cannot_work_are_refused(
         compressor.choose(perplexity_increase=-0.5)
 
 
-def test_the_script_writes_a_directory_that_loads_compressed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And keeps a healed embedding only where it is better."""
+@pytest.fixture
+def script() -> ModuleType:
+    """compress.py as a module."""
     spec = importlib.util.spec_from_file_location("compress", ROOT / "scripts" / "compress.py")
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Transformer:
+    """A model, which is also in the directory `dense`, beside a text for it."""
     tokenizer = Tokenizer.train(["a few words of text, a few more words"] * 9, 270)
     torch.manual_seed(0)
     small = Transformer(ModelConfig(**SHAPE | {"vocab_size": tokenizer.vocab_size}))
     export_pretrained(small, tokenizer, tmp_path / "dense")
-    words = tmp_path / "text.txt"
-    words.write_text("a few more words of text. " * 200, encoding="utf-8")
-    command = ["--model", str(tmp_path / "dense"), "--text", str(words), "--context", "32"]
-    command += ["--tokens", "512", "--ratio", "2", "--heal-steps", "2", "--out", str(tmp_path / "out")]
+    (tmp_path / "text.txt").write_text("a few more words of text. " * 200, encoding="utf-8")
+    return small
+
+
+@pytest.fixture
+def command(small: Transformer, tmp_path: Path) -> list[str]:
+    """Options of compress.py, the last of them the directory to write."""
+    options = ["--model", str(tmp_path / "dense"), "--text", str(tmp_path / "text.txt"), "--context", "32"]
+    options += ["--tokens", "512", "--ratio", "2", "--heal-steps", "2"]
+    return [*options, "--out", str(tmp_path / "out")]
+
+
+def test_the_script_writes_a_directory_that_loads_compressed(
+    script: ModuleType,
+    command: list[str],
+    small: Transformer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And keeps a healed embedding only where it is better."""
     assert script.main(command) == 0
     assert "smaller than dense bf16" in capsys.readouterr().out
     loaded, _ = load_pretrained(tmp_path / "out")
@@ -243,3 +266,37 @@ def test_the_script_writes_a_directory_that_loads_compressed(
     kept, _ = load_pretrained(tmp_path / "harmed")
     assert kept.embedding.compression_ratio >= 2
     assert torch.equal(kept.norm.weight, small.norm.weight)
+
+
+def test_the_script_writes_into_the_empty_directory_that_it_is_in(
+    script: ModuleType, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`.` has no name of its own for the healing's directory, which is beside it."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert script.main([*command[:-1], "."]) == 0
+    assert load_pretrained(tmp_path / "out")[0].config.embedding != "dense"
+    assert (tmp_path / "out-healing").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens=-5"], "--tokens 1 or more"),
+        (["--tokens=0"], "--tokens 1 or more"),
+        (["--out=~nobodyx/out"], "--out ~nobodyx/out: Could not determine home directory"),
+        (["--out=" + "m" * 300], "mmm: File name too long"),
+    ],
+)
+def test_the_script_refuses_bad_options_in_one_line(
+    script: ModuleType,
+    command: list[str],
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before it calibrates."""
+    assert script.main([*command, *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
