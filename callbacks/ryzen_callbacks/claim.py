@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 Measure = Literal["time", "bytes", "peak_memory", "loss"]
@@ -37,8 +38,8 @@ class Claim:
 
     Both arms must do the same work. A timed arm is run many times and must be repeatable.
 
-    `tolerance` moves the line that has to be met: threshold * (1 - tolerance) where it is a lower bound,
-    threshold * (1 + tolerance) otherwise. `rounds` overrides the validator's number of rounds for this claim.
+    `tolerance` eases the line that has to be met, by tolerance * |threshold|: down where it is a lower bound,
+    else up. `rounds` overrides the validator's number of rounds for this claim.
 
     Raises:
         ValueError: unknown measure, a quantity that does not go with it, a threshold or tolerance that is not
@@ -72,8 +73,9 @@ class Claim:
                 f"claim {self.name!r}: quantity {self.quantity!r} does not go with measure {self.measure!r}; "
                 f"use {' or '.join(allowed)}"
             )
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"claim {self.name!r}: threshold is {self.threshold}, expected a finite number")
+        for label, figure in (("threshold", self.threshold), ("tolerance", self.tolerance)):
+            if not isinstance(figure, Real) or not math.isfinite(figure):
+                raise ValueError(f"claim {self.name!r}: {label} is {figure!r}, expected a finite number")
         if not 0 <= self.tolerance < 1:
             raise ValueError(
                 f"claim {self.name!r}: tolerance is {self.tolerance}, expected 0 <= tolerance < 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ryzen_callbacks.atomic_file import write_text
 from ryzen_callbacks.detector import AnomalyDetector
@@ -23,6 +25,7 @@ from ryzen_callbacks.step_recorder import Step
 from ryzen_callbacks.trainer_values import logged_now, validated
 
 REPORT_NAME = "training_metrics_report.json"
+_COMPONENT_FIGURES = ("compression_ratio", "speedup")
 
 
 class TrainingMetricsCollector(StepCallback):
@@ -40,7 +43,7 @@ class TrainingMetricsCollector(StepCallback):
     An epoch's `train_loss` is the mean over its optimizer steps, `tokens_per_second` its tokens over its
     time, timed steps only, and `improvement` the relative fall of the validation loss against the epoch
     before (of the training loss where there is no validation). A resumed run goes on with the report of the
-    interrupted one.
+    interrupted one. A report that cannot be written while training goes on, or after an error, is a warning.
 
     Args:
         path: the JSON report; None: `training_metrics_report.json` in the Trainer's log directory.
@@ -48,17 +51,19 @@ class TrainingMetricsCollector(StepCallback):
         sample_every_n_steps: keep every n-th step's values in the report.
         write_every_n_steps: write the report at least this often (at log intervals), and at the end.
         tokens_in_batch: counts the tokens of a batch; None: the module's `tokens_in_batch(batch)` if it has
-            one, else tokens are not measured. Say there whether padding counts.
+            one, else tokens are not measured. Say there whether padding counts. A count that is on the device
+            is waited for at every batch.
         flops_per_token: training FLOPs per token (forward and backward; see `count_flops`), for `mfu`: that
             times tokens per second over the device's dense peak. No `mfu` where the peak is not known (see
             `device_peaks`).
         val_loss: name under which the module logs its validation loss.
         accuracy: name under which the module logs its validation accuracy.
         metadata: `experiment_id` and `model` name the run (defaults: a random id, the module's class);
-            whatever else is given goes to the report's `metadata.extra`.
+            whatever else is given goes to the report's `metadata.extra` as JSON.
 
     Raises:
-        ValueError: an interval below 1; at set-up: a report path that cannot be written.
+        ValueError: an interval below 1, metadata that are no JSON, a `path` that the CSV would go to as well;
+            at set-up: a report path that cannot be written.
     """
 
     def __init__(
@@ -82,15 +87,23 @@ class TrainingMetricsCollector(StepCallback):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
         self.path = Path(path) if path is not None else None
+        if csv and self.path is not None and self.path.suffix == ".csv":
+            raise ValueError(f"path is {path}, where csv=True puts the CSV; name the JSON report otherwise")
         self.csv = csv
         self.write_every_n_steps = write_every_n_steps
         self.tokens_in_batch = tokens_in_batch
         self.flops_per_token = flops_per_token
         self._names = {"val_loss": val_loss, "accuracy": accuracy}
         extra = dict(metadata or {})
+        experiment_id, model = extra.pop("experiment_id", uuid4().hex[:12]), extra.pop("model", None)
+        for name, value in extra.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"metadata {name!r} is no JSON: {error}") from error
         self._metadata = RunMetadata(
-            experiment_id=str(extra.pop("experiment_id", uuid4().hex[:12])),
-            model=extra.pop("model", None),
+            experiment_id=str(experiment_id),
+            model=model,
             started_at=_now(),
             environment=describe_environment(),
             extra=extra,
@@ -98,16 +111,22 @@ class TrainingMetricsCollector(StepCallback):
         self._log = MetricsLog(sample_every_n_steps)
         self._anomalies: Callable[[], list[AnomalyRow]] = list
         self._destination = self.path
+        self._in_training = False
+        self._next_epoch = 0
+        self._ended: tuple[int, dict[str, Any]] | None = None
         self._written_at = 0
         self._peak: float | None = None
 
     # By hand
 
     def record_batch_metric(self, metrics: Mapping[str, float]) -> None:
-        """Record one optimizer step's values; without `step` and `epoch` among them, the next and 0."""
+        """Record one optimizer step's values; without `step` and `epoch` among them, of the next step and of
+        the running epoch: that of the step before, or the next one if its metrics have been recorded.
+        """
         values = {name: float(value) for name, value in metrics.items()}
         self.last_step = int(values.pop("step", self.last_step + 1))
-        self._log.add_step(self.last_step, int(values.pop("epoch", 0)), values)
+        self._next_epoch = int(values.pop("epoch", self._next_epoch))
+        self._log.add_step(self.last_step, self._next_epoch, values)
 
     def record_epoch_metric(self, metrics: Mapping[str, float]) -> None:
         """Record an epoch's values: `epoch` (required), then any; `loss` means `train_loss`.
@@ -121,6 +140,7 @@ class TrainingMetricsCollector(StepCallback):
         if "loss" in values:
             values["train_loss"] = values.pop("loss")
         epoch = int(metrics["epoch"])
+        self._next_epoch = epoch + 1
         self._log.add_epoch_statistics(epoch, values)
         self._log.add_to_epoch(epoch, {n: v for n, v in values.items() if n in EPOCH_FIELDS}, {})
 
@@ -153,6 +173,7 @@ class TrainingMetricsCollector(StepCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle where the report goes, and fail now rather than after training if it cannot go there."""
         super().setup(trainer, pl_module, stage)
+        self._in_training = False
         if stage != "fit":
             return
         self._destination = None  # nothing is written if the next line raises
@@ -165,6 +186,9 @@ class TrainingMetricsCollector(StepCallback):
         super().on_train_start(trainer, pl_module)
         self._metadata.model = self._metadata.model or type(pl_module).__name__
         self._metadata.status = "running"
+        self._metadata.finished_at = None
+        self._ended = None
+        self._in_training = True
         self._written_at = self.last_step
         if self.last_step:
             log_restart(trainer, self.last_step)
@@ -202,18 +226,35 @@ class TrainingMetricsCollector(StepCallback):
         super().on_train_epoch_end(trainer, pl_module)
         figures = _component_figures(logged_now(trainer, on_step=False))
         self._log.add_to_epoch(trainer.current_epoch, figures, {})
+        self._ended = trainer.current_epoch, dict(trainer.callback_metrics)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take in what is late of the epoch before."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._take_late_figures(trainer)
+        self._ended = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report of a finished run."""
+        self._take_late_figures(trainer)
         self._finish(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write the report of a run that ends here."""
+        """Write the report of a run that ends here; not of one that was over or has not begun."""
         super().on_exception(trainer, pl_module, exception)
-        self._finish(trainer, "failed")
+        if self._in_training:
+            self._finish(trainer, "failed")
+            self._in_training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The report is done: what goes wrong from now on is not of this run."""
+        super().teardown(trainer, pl_module, stage)
+        self._in_training = False
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to end with the report of an uninterrupted one."""
+        if self._trainer is not None:
+            self._take_late_figures(self._trainer)
         return {
             **super().state_dict(),
             "log": self._log.state_dict(),
@@ -228,6 +269,14 @@ class TrainingMetricsCollector(StepCallback):
         self._metadata.experiment_id = state_dict["experiment_id"]
         self._metadata.started_at = state_dict["started_at"]
 
+    def _take_late_figures(self, trainer: Trainer) -> None:
+        """What the module logged in its own `on_train_epoch_end`, which is called after the callbacks'."""
+        if self._ended is not None:
+            epoch, before = self._ended
+            logged = trainer.callback_metrics
+            late = {n: logged[n] for n in _COMPONENT_FIGURES if logged.get(n) is not before.get(n)}
+            self._log.add_to_epoch(epoch, _component_figures(late), {})
+
     def _finish(self, trainer: Trainer, status: Literal["finished", "failed"]) -> None:
         self._metadata.status = status
         self._metadata.finished_at = _now()
@@ -237,14 +286,19 @@ class TrainingMetricsCollector(StepCallback):
         self._written_at = self.last_step
         if self._destination is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.report().write(self._destination)
-        if self.csv and self._metadata.status != "running":
-            self.export_metrics(self._destination.with_suffix(".csv"))
+        try:
+            self.report().write(self._destination)
+            if self.csv and self._metadata.status != "running":
+                self.export_metrics(self._destination.with_suffix(".csv"))
+        except OSError as error:
+            if self._metadata.status == "finished":
+                raise
+            rank_zero_warn(f"the report was not written: {error}")
 
 
 def _component_figures(values: Mapping[str, Any]) -> dict[str, float]:
     """Figures about the model that an epoch's row has room for, if the module logs them."""
-    return {name: float(values[name]) for name in ("compression_ratio", "speedup") if name in values}
+    return {name: float(values[name]) for name in _COMPONENT_FIGURES if name in values}
 
 
 def _now() -> str:

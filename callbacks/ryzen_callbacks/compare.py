@@ -7,13 +7,18 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ryzen_callbacks.claim import Claim
+from ryzen_callbacks.report_path import why_not_writable
 from ryzen_callbacks.validator import OptimizationValidator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time both commands in paired rounds, print the verdict; exit status 2 if they cannot be timed."""
+    """Time both commands in paired rounds, print the verdict; exit status 2 if they cannot be timed.
+
+    A report that cannot be written gives that, too: before anything is timed, if it can be known by then.
+    """
     parser = argparse.ArgumentParser(prog="python -m ryzen_callbacks.compare", description=__doc__)
     parser.add_argument("baseline", help="command A, in quotes; run without a shell, its output thrown away")
     parser.add_argument("optimized", help="command B")
@@ -22,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=12, help="rounds of two runs of each (default: 12)")
     parser.add_argument("--warmup", type=int, default=1, help="untimed runs of each (default: 1)")
-    parser.add_argument("--report", help="also write validation_report.json to this path")
+    parser.add_argument("--report", type=Path, help="also write validation_report.json to this path")
     options = parser.parse_args(arguments)
     try:
         claim = Claim(
@@ -34,12 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             baseline_name=options.baseline,
             optimized_name=options.optimized,
         )
-        validator = OptimizationValidator([claim], options.report, options.rounds, options.warmup)
+        validator = OptimizationValidator([claim], rounds=options.rounds, warmup=options.warmup)
+        if options.report is not None and (fault := why_not_writable(options.report)):
+            raise ValueError(fault)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    (result,) = validator.validate().results
-    print(f"{result.status}: {result.message}")
+    report = validator.validate()
+    (result,) = report.results
+    print(f"{result.status}: {result.message}", flush=True)
+    if options.report is not None:
+        try:
+            report.write(options.report)
+        except OSError as error:
+            print(f"the report was not written: {error}", file=sys.stderr)
+            return 2
     return 2 if result.status == "NOT_MEASURED" else 0
 
 

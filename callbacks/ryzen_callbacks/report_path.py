@@ -22,13 +22,14 @@ def prepare_report_path(trainer: Trainer, path: Path | None, name: str) -> Path 
         return path
     log_dir = trainer.log_dir  # a collective: every rank asks for it, whether it needs it or not
     path = path if path is not None else Path(log_dir or trainer.default_root_dir) / name
-    fault = _fault(path) if trainer.is_global_zero else None
+    fault = why_not_writable(path) if trainer.is_global_zero else None
     if fault := trainer.strategy.broadcast(fault):
         raise ValueError(fault)
     return path
 
 
-def _fault(path: Path) -> str | None:
+def why_not_writable(path: Path) -> str | None:
+    """What is in the way of a file at `path`, in a sentence; makes its folder. None if nothing is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

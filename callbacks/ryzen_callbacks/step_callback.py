@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
@@ -21,21 +22,39 @@ from ryzen_callbacks.trainer_values import (
 )
 
 _DEFAULT_INTERVAL = 50  # steps between transfers where the Trainer logs never (log_every_n_steps=0)
+_MAX_PENDING = 500  # steps on the device, however large log_every_n_steps
+_RESERVED = frozenset(
+    {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "samples",
+        "step_time_s",
+        "data_wait_s",
+        "tokens_per_second",
+        "samples_per_second",
+        "memory_bytes",
+        "mfu",
+    }
+)
 
 
 class StepCallback(Callback):
     """Base of callbacks that want every optimizer step's values without waiting for the device at every step.
 
     The first of them in `trainer.callbacks` records for all; at every `trainer.log_every_n_steps`-th
-    optimizer step, at the end of an epoch and before a checkpoint it moves what was recorded off the device
-    in one transfer, and each of them gets `on_steps`. A step is a batch in which an optimizer steps, with
-    those accumulated before it: several optimizers stepping in one batch make one step.
+    optimizer step, at every 500th, at the end of an epoch and before a checkpoint it moves what was recorded
+    off the device in one transfer, and each of them gets `on_steps`. A step is a batch in which an optimizer
+    steps, with those accumulated before it: several optimizers stepping in one batch make one step.
 
     Values of a step (`Step.values`): `loss` (mean over the accumulated micro-batches), `learning_rate` (of
     the first parameter group; `learning_rate_1`, ... for further optimizers), `grad_norm` (before clipping;
-    over all optimizers that stepped), `tokens`, `samples`, `step_time_s`, `data_wait_s`; and every
-    `log_every_n_steps`-th step also `memory_bytes` and whatever the module logged with `on_step=True`.
-    The first step, and those that follow validation, a checkpoint or the end of an epoch, have no times.
+    over all optimizers that stepped, the last time each did), `tokens`, `samples`, `step_time_s`,
+    `data_wait_s`; and every `log_every_n_steps`-th step also `memory_bytes` and whatever the module logged
+    with `on_step=True` under names other than these. The first step, and those that follow validation, a
+    checkpoint or the end of an epoch, have no times.
     """
 
     tokens_in_batch: Callable[[Any], int] | None = None
@@ -88,9 +107,12 @@ class StepCallback(Callback):
             device=pl_module.device,
             reduce=(lambda tensor, how: all_reduce(trainer, tensor, how)) if distributed else None,
             sharded_gradients=is_fsdp(trainer),
+            half_gradients=any(p.dtype is torch.float16 for p in pl_module.parameters()),
         )
         self._recorder.break_clock()
-        self._step = max(c.last_step for c in self._followers) or trainer.global_step
+        # Where the state has no steps of ours, Lightning's count of them; `global_step` is one of optimizers.
+        steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._step = max(c.last_step for c in self._followers) or steps_before
         self._epoch = trainer.current_epoch  # an epoch that is gone on with is not started again
         self._rate_names = {
             id(optimizer): f"learning_rate_{index}" if index else "learning_rate"
@@ -130,15 +152,19 @@ class StepCallback(Callback):
         if self._recorder is None:
             return
         tokens = self._count_tokens(batch) if self._count_tokens is not None else None
+        if type(tokens) is not int and tokens is not None:
+            tokens = _whole_number(tokens)
         self._recorder.batch_ended(loss_of(trainer, pl_module, outputs), tokens, leading_dimension(batch))
         if self._recorder.stepped:
             self._step += 1
             self._recorder.step_ended(self._step, self._epoch)
             interval = trainer.log_every_n_steps or _DEFAULT_INTERVAL  # type: ignore[attr-defined]
             if self._step % interval == 0:
-                self._recorder.add_extras(
-                    {**logged_now(trainer, on_step=True), **memory_in_use(pl_module.device)}
-                )
+                logged = logged_now(trainer, on_step=True)
+                own = {name: value for name, value in logged.items() if name not in _RESERVED}
+                self._recorder.add_extras({**own, **memory_in_use(pl_module.device)})
+                self._drain(trainer, pl_module)
+            elif self._step % _MAX_PENDING == 0:
                 self._drain(trainer, pl_module)
         for callback in self._followers:
             callback.between_batches(trainer, pl_module, self._step)
@@ -159,7 +185,7 @@ class StepCallback(Callback):
         self._failed = True
         try:
             self._drain(trainer, pl_module)
-        except RuntimeError as error:  # the device may be what failed; its error is the one to be seen
+        except (OSError, RuntimeError) as error:  # the device or the disk may be what failed
             rank_zero_warn(f"the values of the last steps are lost: {error}")
         self._release()  # Lightning does not call `teardown` after an exception
 
@@ -196,3 +222,11 @@ class StepCallback(Callback):
         for callback in self._followers:
             callback.last_step = steps[-1].step
             callback.on_steps(trainer, pl_module, steps)
+
+
+def _whole_number(tokens: Any) -> int:
+    try:
+        return int(tokens)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = type(tokens).__name__
+        raise TypeError(f"tokens_in_batch returned no number but a {kind}: {error}") from error

@@ -32,7 +32,7 @@ class _Pending:
     """A step as recorded: its tensors are still on the device. Times are None where the clock is broken."""
 
     losses: list[Tensor]
-    norms: list[Tensor]
+    norms: dict[str, list[Tensor]]
     learning_rates: dict[str, float | Tensor]
     extras: dict[str, float | Tensor] | None = None
     tokens: int | None = None
@@ -45,7 +45,7 @@ class _Pending:
 
     @classmethod
     def empty(cls) -> _Pending:
-        return cls([], [], {})
+        return cls([], {}, {})
 
 
 class StepRecorder:
@@ -62,6 +62,7 @@ class StepRecorder:
         reduce: all-reduce over the ranks, None for one process. Over ranks the loss is the mean, counts are
             sums and times the slowest rank's.
         sharded_gradients: each rank holds a part of every gradient (FSDP), so that squared norms add up.
+        half_gradients: there are gradients in float16, which their norm may be too large for.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class StepRecorder:
         device: torch.device,
         reduce: Reduce | None = None,
         sharded_gradients: bool = False,
+        half_gradients: bool = False,
     ) -> None:
         self._device = device
         self._reduce = reduce
         self._sharded_gradients = sharded_gradients
+        self._half_gradients = half_gradients
         self._done: list[_Pending] = []
         self._current = _Pending.empty()
         self._idle_since: float | None = None
@@ -102,12 +105,17 @@ class StepRecorder:
     def before_optimizer_step(
         self, name: str, learning_rate: float | Tensor, gradients: list[Tensor]
     ) -> None:
-        """Note an optimizer's learning rate and the norm of its `gradients`, before clipping."""
+        """Note an optimizer's learning rate and the norm of its `gradients`, before clipping.
+
+        Where an optimizer steps several times in a batch the last one counts.
+        """
         if isinstance(learning_rate, Tensor):
             learning_rate = learning_rate.detach().clone()  # the scheduler writes into it
         self._current.learning_rates[name] = learning_rate
         if gradients:
-            self._current.norms += _norms(gradients)
+            if self._half_gradients:
+                gradients = _half_to_single(gradients)
+            self._current.norms[name] = _norms(gradients)
 
     def batch_ended(self, loss: Tensor | None, tokens: int | None, samples: int | None) -> None:
         """A micro-batch is done. `loss` is the batch's own mean, not divided by the accumulation."""
@@ -164,7 +172,7 @@ class StepRecorder:
         numbers = iter(numbers)
         values: dict[str, float] = {}
         losses = [next(numbers) for _ in pending.losses]
-        norms = [next(numbers) for _ in pending.norms]
+        norms = [next(numbers) for parts in pending.norms.values() for _ in parts]
         if losses:
             values["loss"] = sum(losses) / len(losses)
         for name, rate in pending.learning_rates.items():
@@ -238,6 +246,13 @@ def _norms(gradients: list[Tensor]) -> list[Tensor]:
     return [norm.full_tensor() if isinstance(norm, DTensor) else norm]
 
 
+def _half_to_single(gradients: list[Tensor]) -> list[Tensor]:
+    """`gradients` with those in float16 replaced by their norms in float32, which have the same norm."""
+    half = [g.coalesce().values() if g.is_sparse else g for g in gradients if g.dtype is torch.float16]
+    rest = [g for g in gradients if g.dtype is not torch.float16]
+    return [*rest, *torch._foreach_norm(half, dtype=torch.float32)] if half else rest
+
+
 def _add_rates(values: dict[str, float]) -> None:
     seconds = values.get("step_time_s")
     if not seconds:
@@ -249,7 +264,8 @@ def _add_rates(values: dict[str, float]) -> None:
 
 def _tensors(pending: _Pending) -> list[Tensor]:
     mixed = [*pending.learning_rates.values(), *(pending.extras or {}).values()]
-    return [*pending.losses, *pending.norms, *(v for v in mixed if isinstance(v, Tensor))]
+    norms = [norm for parts in pending.norms.values() for norm in parts]
+    return [*pending.losses, *norms, *(v for v in mixed if isinstance(v, Tensor))]
 
 
 def _to_floats(tensors: list[Tensor], device: torch.device) -> list[float]:

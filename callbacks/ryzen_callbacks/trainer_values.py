@@ -47,10 +47,15 @@ def logged_now(trainer: Trainer, on_step: bool) -> dict[str, float | Tensor]:
 def validated(trainer: Trainer, names: Iterable[str], device: torch.device) -> dict[str, float]:
     """What the module logged under `names` in the validation just over, by name.
 
-    Over ranks it is the mean over those that logged it, whether or not the module logs with `sync_dist`, so
-    that all of them see the same. A collective.
+    `trainer.callback_metrics` has them, but also what an earlier validation left behind. Over ranks it is the
+    mean over those that logged it, whether or not the module logs with `sync_dist`, so that all of them see
+    the same. A collective.
     """
-    names, logged = list(names), trainer.callback_metrics
+    names, results = list(names), trainer._results
+    assert results is not None  # a loop is running
+    fresh = [metric for metric in results.values() if not metric.has_reset]
+    now = {name for metric in fresh for name in results._forked_name(metric, on_step=False)}
+    logged = {name: value for name, value in trainer.callback_metrics.items() if name in now}
     rows = [[float(name in logged), float(logged.get(name, 0.0))] for name in names]
     if trainer.world_size > 1:
         table = torch.tensor(rows, dtype=torch.float64, device=device)

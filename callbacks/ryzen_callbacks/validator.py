@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ryzen_callbacks.batch_hooks import BATCH_HOOKS, leave_out
 from ryzen_callbacks.claim import Claim
@@ -29,7 +31,7 @@ class OptimizationValidator(Callback):
 
     In a Trainer it runs in `on_train_end`, while the model is still on its device, on the global zero; the
     other ranks wait. To its own claims it adds those of the LightningModule's `optimization_claims()`, if
-    there is one.
+    there is one; if that raises, or two claims then share a name, there is a warning and it measures its own.
 
     Args:
         claims: what to measure. The order is kept.
@@ -81,13 +83,15 @@ class OptimizationValidator(Callback):
         """The latest report, once there is one."""
 
     def validate(self, claims: Sequence[Claim] | None = None) -> ValidationReport:
-        """Measure `claims` (default: the validator's own), write the report if there is a path, return it."""
-        chosen = self.claims if claims is None else list(claims)
-        _check_names(chosen)
-        results = [self._measure(claim) for claim in chosen]
+        """Measure `claims` (default: the validator's own), write the report if there is `path`, return it."""
+        return self._validate(self.claims if claims is None else list(claims), self.path)
+
+    def _validate(self, claims: list[Claim], path: Path | None) -> ValidationReport:
+        _check_names(claims)
+        results = [self._measure(claim) for claim in claims]
         self.report = ValidationReport.of(results, describe_environment())
-        if self._destination is not None:
-            self.report.write(self._destination)
+        if path is not None:
+            self.report.write(path)
         return self.report
 
     def _measure(self, claim: Claim) -> ValidationResult:
@@ -108,6 +112,7 @@ class OptimizationValidator(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle where the report goes, and fail now rather than after training if it cannot go there."""
         if stage == "fit":
+            _check_names(self.claims)
             self._destination = prepare_report_path(trainer, self.path, REPORT_NAME)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,12 +134,35 @@ class OptimizationValidator(Callback):
             return
         try:
             if trainer.is_global_zero:
-                claims = list(self.claims)
-                if callable(from_module := getattr(pl_module, "optimization_claims", None)):
-                    claims += from_module()
-                self.validate(claims)
+                self._validate(self._with_claims_of(pl_module), self._destination)
         finally:  # whatever happened here, the other ranks are waiting
             trainer.strategy.barrier("OptimizationValidator")
+
+    def _with_claims_of(self, pl_module: LightningModule) -> list[Claim]:
+        from_module = getattr(pl_module, "optimization_claims", None)
+        if not callable(from_module):
+            return self.claims
+        try:
+            claims = [*self.claims, *from_module()]
+            _check_names(claims)
+        except Exception as error:  # training is over: its results are worth more than these claims
+            reason = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"the claims of the module's optimization_claims() are not measured: {reason}")
+            return self.claims
+        return claims
+
+    @property
+    def state_key(self) -> str:
+        """Under which name the state is in a checkpoint: other validators may be in the same Trainer."""
+        return self._generate_state_key(claims=[claim.name for claim in self.claims], path=str(self.path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were, for `every_n_validations`."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
+        self._validations = state_dict["validations"]
 
     # Figures measured by somebody else
 

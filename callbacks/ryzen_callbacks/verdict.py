@@ -19,8 +19,9 @@ def bound_of(metric: str) -> Bound:
 
 
 def line_to_meet(metric: str, threshold: float, tolerance: float) -> float:
-    """The threshold, eased by the tolerance."""
-    return threshold * (1 - tolerance if bound_of(metric) == "at least" else 1 + tolerance)
+    """The threshold, eased by the tolerance, which is a share of its size."""
+    ease = tolerance * abs(threshold)
+    return threshold - ease if bound_of(metric) == "at least" else threshold + ease
 
 
 def interval_status(metric: str, low: float, high: float, line: float) -> Status:

@@ -72,6 +72,72 @@ def test_two_optimizers_by_hand_make_one_step_a_batch(
     assert all(b["grad_norm"] > 0 and "loss" in b for b in batches)
 
 
+def test_a_collector_that_is_new_to_a_resumed_run_counts_steps_and_not_optimizers(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(Gan(), make_loader())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    trainer = make_trainer(callbacks=three(), max_epochs=2)
+    trainer.fit(Gan(), make_loader(), ckpt_path=tmp_path / "c.ckpt")
+    batches = reports(tmp_path)["training_metrics_report.json"]["batches"]
+    assert [b["step"] for b in batches] == list(range(17, 33))
+
+
+class StepsOften(Gan):
+    """Its critic steps five times a batch, as in a Wasserstein GAN."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        g, c = self.optimizers()
+        fake = self.generator(torch.ones(4, 2))
+        for _ in range(5):
+            c.zero_grad()
+            self.manual_backward(self.critic(fake.detach()).sum())
+            c.step()
+        g.zero_grad()
+        self.manual_backward(self.generator(torch.ones(1, 2)).sum())
+        g.step()
+        return {"loss": fake.sum()}
+
+
+def test_steps_of_one_optimizer_in_one_batch_do_not_add_up_in_the_gradient_norm(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    module, norms = StepsOften(), []
+
+    class Watches(lp.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    make_trainer(callbacks=[*three(), Watches()], max_epochs=1).fit(module, make_loader())
+    batches = reports(tmp_path)["training_metrics_report.json"]["batches"]
+    assert [b["grad_norm"] for b in batches] == pytest.approx(norms, rel=1e-5)
+
+
+class Half(lp.LightningModule):
+    """A gradient of 100,000 values of 100, whose sum of squares is no float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.zeros(100_000))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return (100 * self.weights).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_gradients_in_half_precision_have_a_norm(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_trainer(callbacks=three(), max_epochs=1, precision="16-true").fit(Half(), make_loader())
+    report = reports(tmp_path)["training_metrics_report.json"]
+    assert [b["grad_norm"] for b in report["batches"]] == pytest.approx([31622.8] * 16, rel=1e-4)
+    assert report["anomalies"] == []
+
+
 class Skips(Tiny):
     """Returns no loss now and then, which Lightning allows on one device."""
 

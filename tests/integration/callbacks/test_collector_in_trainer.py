@@ -1,7 +1,9 @@
 """What the collector reports of a real run is what happened in it."""
 
 import csv
+import errno
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from ryzen_callbacks import (
     AnomalyDetector,
@@ -19,6 +22,7 @@ from ryzen_callbacks import (
 )
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS
 from ryzen_callbacks.step_callback import StepCallback
+from ryzen_callbacks.step_recorder import StepRecorder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import Tiny
 
@@ -128,6 +132,272 @@ def test_a_run_that_fails_has_its_report_up_to_the_last_step(
     assert [b["loss"] for b in report.batches] == pytest.approx(tiny.batch_losses, rel=1e-6)
     assert len(report.batches) == 8
     assert report.epochs[0].train_loss == pytest.approx(statistics.fmean(tiny.batch_losses), rel=1e-6)
+
+
+class FailsInTest(Tiny):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        raise RuntimeError("planted")
+
+
+@pytest.mark.parametrize("process", ["same", "another"])
+@pytest.mark.parametrize("fault", ["test", "missing checkpoint"])
+def test_a_finished_runs_report_outlives_what_goes_wrong_later(
+    process: str,
+    fault: str,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """In a test after the fit or in a fit that does not begin, with the collector of the run or a new one."""
+    path = tmp_path / "r.json"
+    trainer, module = make_trainer(callbacks=[TrainingMetricsCollector(path)], max_epochs=1), FailsInTest()
+    trainer.fit(module, make_loader())
+    finished = path.read_text()
+    assert read(path).metadata.status == "finished"
+    if process == "another":
+        trainer = make_trainer(callbacks=[TrainingMetricsCollector(path)])
+    if fault == "test":
+        with pytest.raises(RuntimeError, match="planted"):
+            trainer.test(module, make_loader(8), verbose=False)
+    else:
+        with pytest.raises(FileNotFoundError):
+            trainer.fit(module, make_loader(), ckpt_path=tmp_path / "missing.ckpt")
+    assert path.read_text() == finished
+
+
+class FailsAtTheEnd(Callback):
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        raise RuntimeError("planted")
+
+
+def test_a_fit_that_fails_after_its_last_step_has_failed(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = make_trainer(callbacks=[TrainingMetricsCollector(), FailsAtTheEnd()], max_epochs=1)
+    with pytest.raises(RuntimeError, match="planted"):
+        trainer.fit(tiny, make_loader())
+    assert read(tmp_path / NAME).metadata.status == "failed"
+
+
+class ReadsTheReport(Callback):
+    """Remembers what the report said of the run before each batch, if there is one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen: list[tuple[str, str | None]] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if self.path.exists():
+            metadata = read(self.path).metadata
+            self.seen.append((metadata.status, metadata.finished_at))
+
+
+def test_a_run_that_goes_on_in_a_second_fit_is_not_finished_meanwhile(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    reader = ReadsTheReport(tmp_path / NAME)
+    collector = TrainingMetricsCollector(write_every_n_steps=1)
+    trainer = make_trainer(callbacks=[collector, reader], max_epochs=1, log_every_n_steps=1)
+    trainer.fit(tiny, make_loader())
+    assert read(tmp_path / NAME).metadata.finished_at is not None
+    reader.seen.clear()
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(tiny, make_loader())
+    assert set(reader.seen[1:]) == {("running", None)}
+    assert read(tmp_path / NAME).metadata.status == "finished"
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the disk that reports go to is full, to be set by the test."""
+    full = [False]
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr("ryzen_callbacks.atomic_file.os.fsync", flush)
+    return full
+
+
+class FillsTheDisk(Callback):
+    """From one batch to another."""
+
+    def __init__(self, full: list[bool], first: int, last: int) -> None:
+        self.full, self.first, self.last = full, first, last
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.full[0] = self.first <= batch_idx < self.last
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_more_than_a_report(
+    tiny: Tiny,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+    full_disk: list[bool],
+) -> None:
+    callbacks = [TrainingMetricsCollector(write_every_n_steps=3), FillsTheDisk(full_disk, 4, 8)]
+    with pytest.warns(UserWarning, match="report was not written.*No space left"):
+        make_trainer(callbacks=callbacks, max_epochs=1).fit(tiny, make_loader())
+    report = read(tmp_path / NAME)
+    assert (report.metadata.status, report.statistics["loss"].count) == ("finished", 16)
+
+
+def test_a_full_disk_does_not_hide_what_ended_the_run(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], full_disk: list[bool]
+) -> None:
+    callbacks = [TrainingMetricsCollector(), FillsTheDisk(full_disk, 4, 99), Fails(at=8)]
+    with (
+        pytest.warns(UserWarning, match="report was not written"),
+        pytest.raises(RuntimeError, match="planted"),
+    ):
+        make_trainer(callbacks=callbacks).fit(tiny, make_loader())
+
+
+def test_a_report_missing_at_the_end_is_an_error(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], full_disk: list[bool]
+) -> None:
+    """Whoever looks for it then finds another run's, or none."""
+    callbacks = [TrainingMetricsCollector(), FillsTheDisk(full_disk, 4, 99)]
+    with (
+        pytest.warns(UserWarning, match="report was not written"),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        make_trainer(callbacks=callbacks).fit(tiny, make_loader())
+
+
+class ValidatesNowAndThen(Tiny):
+    """Logs nothing in every second validation."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.current_epoch % 2 == 0:
+            super().validation_step(batch, batch_idx)
+
+
+def test_a_validation_that_logs_nothing_does_not_repeat_the_one_before(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_trainer(callbacks=[TrainingMetricsCollector()], max_epochs=4).fit(
+        ValidatesNowAndThen(), make_loader(), make_loader(8)
+    )
+    rows = read(tmp_path / NAME).epochs
+    assert [(row.val_loss is None, row.accuracy is None) for row in rows] == [(False,) * 2, (True,) * 2] * 2
+    assert rows[1].not_measured["val_loss"] == "the module logged no 'val_loss' in validation"
+    assert rows[1].not_measured["accuracy"] == "the module logged no 'val_accuracy' in validation"
+
+
+RESERVED = (
+    *("step", "loss", "learning_rate", "grad_norm", "samples", "step_time_s", "data_wait_s"),
+    *("tokens", "tokens_per_second", "samples_per_second", "memory_bytes", "mfu"),
+)
+
+
+class LogsReserved(Tiny):
+    """Logs figures of its own under every name that the collector measures something under."""
+
+    tokens_in_batch = None  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        for name in RESERVED:
+            self.log(name, -1.0)
+        self.log("mine", -1.0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_the_module_logs_is_not_taken_for_what_is_measured(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Not even at a step that has no such value: the tokens here, and at an epoch's first step the times."""
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    make_trainer(callbacks=[collector], log_every_n_steps=1, max_epochs=1).fit(LogsReserved(), make_loader())
+    report = read(tmp_path / NAME)
+    assert [b["step"] for b in report.batches] == list(range(1, 17))
+    for batch in report.batches:
+        assert batch.pop("mine") == -1.0
+        assert -1.0 not in batch.values()
+    assert not {"step", "tokens", "tokens_per_second", "mfu"} & set(report.statistics)
+
+
+class LogsLate(Tiny):
+    """Logs its figures when an epoch is over, the speed-up only of every second one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.loss(batch)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("compression_ratio", float(self.current_epoch + 1))
+        if self.current_epoch % 2 == 0:
+            self.log("speedup", 3.0 + self.current_epoch)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_figures_that_the_module_logs_at_the_end_of_an_epoch_are_in_its_row(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path, resumed: bool
+) -> None:
+    """The module's own hook is called after the callbacks', but before a checkpoint is written."""
+
+    def fit(epochs: int, **settings: Any) -> None:
+        saver = ModelCheckpoint(tmp_path, filename="c")
+        trainer = make_trainer(
+            callbacks=[TrainingMetricsCollector(), saver], max_epochs=epochs, enable_checkpointing=True
+        )
+        trainer.fit(LogsLate(), make_loader(), **settings)
+
+    if resumed:
+        fit(2)
+    fit(4, ckpt_path=tmp_path / "c.ckpt" if resumed else None)
+    rows = read(tmp_path / NAME).epochs
+    assert [row.compression_ratio for row in rows] == [1.0, 2.0, 3.0, 4.0]
+    assert [row.speedup for row in rows] == [3.0, None, 5.0, None]
+
+
+@pytest.mark.parametrize("count", [torch.tensor(7), 7.0, True])
+def test_tokens_may_be_whatever_can_be_read_as_a_number(
+    count: Any,
+    tiny: Tiny,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    collector = TrainingMetricsCollector(sample_every_n_steps=1, tokens_in_batch=lambda batch: count)
+    make_trainer(callbacks=[collector], max_epochs=1, accumulate_grad_batches=2).fit(tiny, make_loader())
+    assert [b["tokens"] for b in read(tmp_path / NAME).batches] == [2 * int(count)] * 8
+
+
+@pytest.mark.parametrize("count", [[7], torch.tensor([3, 4]), "seven", float("nan")], ids=str)
+def test_tokens_that_are_no_number_are_an_error_that_names_them(
+    count: Any, tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """At the first batch, not when the values are handed out."""
+    collector = TrainingMetricsCollector(tokens_in_batch=lambda batch: count)
+    with pytest.raises(TypeError, match="tokens_in_batch returned no number but a "):
+        make_trainer(callbacks=[collector]).fit(tiny, make_loader())
+    assert len(tiny.batch_losses) == 1
+
+
+def test_a_large_log_interval_does_not_pile_steps_up(
+    tiny: Tiny,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some hundred are kept on the device at most, and all of them are in the report."""
+    most = [0]
+    ended = StepRecorder.step_ended
+
+    def spy(recorder: StepRecorder, step: int, epoch: int) -> None:
+        ended(recorder, step, epoch)
+        most[0] = max(most[0], len(recorder))
+
+    monkeypatch.setattr(StepRecorder, "step_ended", spy)
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    trainer = make_trainer(callbacks=[collector], max_epochs=1, log_every_n_steps=10**6)
+    trainer.fit(tiny, make_loader(4 * 1100))
+    assert most[0] == 500
+    assert [b["loss"] for b in collector.report().batches] == pytest.approx(tiny.batch_losses, rel=1e-6)
 
 
 def test_what_validation_left_behind_is_not_taken_for_a_training_metric(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ryzen_callbacks import Claim, OptimizationValidator
 from tiny_run import Tiny
@@ -59,3 +60,90 @@ def test_measuring_after_every_second_validation_and_at_the_end_with_gradients(
     assert measured_at == [32, 64, 80]
     assert validator.report is not None
     assert validator.report.summary.passed == 1
+
+
+def halved(name: str = "halved", **arms: Any) -> Claim:
+    return Claim(
+        name=name, **{"baseline": lambda: 2, "optimized": lambda: 1, **arms}, measure="bytes", threshold=2.0
+    )
+
+
+def test_validating_by_hand_leaves_the_fits_report_alone(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    validator = OptimizationValidator([halved()])
+    make_trainer(callbacks=[validator], max_epochs=1).fit(tiny, make_loader())
+    of_the_fit = (tmp_path / "validation_report.json").read_text()
+    assert validator.validate([]).results == []
+    assert (tmp_path / "validation_report.json").read_text() == of_the_fit
+
+
+class SameName(Tiny):
+    def optimization_claims(self) -> list[Claim]:
+        return [halved()]
+
+
+class Raises(Tiny):
+    def optimization_claims(self) -> list[Claim]:
+        raise KeyError("planted")
+
+
+class NoList(Tiny):
+    def optimization_claims(self) -> None:
+        """A `return` was forgotten."""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [(SameName, "two claims are named 'halved'"), (Raises, "planted"), (NoList, "TypeError")],
+)
+def test_claims_that_cannot_be_had_from_the_module_do_not_fail_a_finished_run(
+    module: type[Tiny],
+    words: str,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """They are asked for when training is over: that is too late for an error."""
+    trainer = make_trainer(callbacks=[OptimizationValidator([halved()])], max_epochs=1)
+    with pytest.warns(UserWarning, match=f"optimization_claims.*{words}"):
+        trainer.fit(module(), make_loader())
+    report = json.loads((tmp_path / "validation_report.json").read_text())
+    assert [(r["name"], r["status"]) for r in report["results"]] == [("halved", "PASS")]
+
+
+def test_two_claims_of_a_name_are_an_error_before_training(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    validator = OptimizationValidator([halved()])
+    validator.claims.append(halved())
+    with pytest.raises(ValueError, match="two claims are named 'halved'"):
+        make_trainer(callbacks=[validator]).fit(tiny, make_loader())
+    assert tiny.batch_losses == []
+
+
+def test_a_resumed_run_counts_validations_on(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Every third validation: after two epochs and a resumption, the first one is the third."""
+    measured_at: list[int] = []
+
+    def fit(epochs: int, checkpoint: Path | None = None) -> Any:
+        module = Tiny()
+
+        def note() -> int:
+            measured_at.append(module.current_epoch)
+            return 2
+
+        validators = [
+            OptimizationValidator([halved(baseline=note)], every_n_validations=3),
+            OptimizationValidator([halved("other")], tmp_path / "other.json"),
+        ]
+        trainer = make_trainer(callbacks=validators, max_epochs=epochs)
+        trainer.fit(module, make_loader(), make_loader(8), ckpt_path=checkpoint)
+        return trainer
+
+    fit(2).save_checkpoint(tmp_path / "c.ckpt")
+    measured_at.clear()
+    fit(5, tmp_path / "c.ckpt")
+    assert measured_at == [2, 5]

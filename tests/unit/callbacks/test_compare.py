@@ -26,6 +26,26 @@ def test_the_slower_command_fails_a_claimed_speed_up(
     assert result["optimized"]["name"] == SLEEP.format(0.1)
 
 
+def test_a_report_that_cannot_be_written_is_noticed_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way of a folder")
+    marks = f'{sys.executable} -S -c "open({str(tmp_path / "ran")!r}, chr(119))"'
+    assert main([marks, marks, "--report", str(tmp_path / "file" / "report.json")]) == 2
+    assert "cannot write report.json" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_verdict_is_told_even_if_its_report_cannot_be_written_after_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder takes the place of the report."""
+    assert main(["true", "true", "--rounds", "1", "--report", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.startswith("WARNING: speedup")
+    assert "the report was not written" in captured.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -35,6 +35,35 @@ def test_improvement_is_that_of_the_validation_loss_and_else_of_the_training_los
     assert improvements[1:] == pytest.approx([0.25, 0.5, 1 / 3])
 
 
+def test_a_loss_that_falls_is_an_improvement_below_zero_too() -> None:
+    """A log-likelihood, say: divided by the negative loss itself, getting better would look like worse."""
+    log = MetricsLog(1)
+    for epoch, loss in enumerate([-1.0, -2.0, -1.0]):
+        log.add_to_epoch(epoch, {"val_loss": loss}, {})
+    assert [row.improvement for row in log.epochs()] == [None, 1.0, -0.5]
+
+
+def test_a_rows_step_is_its_own_whatever_else_is_called_so() -> None:
+    log = MetricsLog(2)
+    log.add_step(2, 0, {"step": 0.0, "loss": 1.0})
+    assert log.batches == [{"step": 2, "loss": 1.0}]
+
+
+def test_what_comes_late_goes_to_the_row_of_its_epoch() -> None:
+    """All steps first, then each epoch's figures: one row for each epoch, and all counts are right."""
+    log = MetricsLog(1)
+    for step in range(1, 7):
+        log.add_step(step, (step - 1) // 2, {"loss": 1 / step})
+    for epoch in range(3):
+        log.add_epoch_statistics(epoch, {"val_loss": 2.0**-epoch})
+        log.add_to_epoch(epoch, {"val_loss": 2.0**-epoch}, {})
+    rows = log.epochs()
+    assert [(row.epoch, row.step, row.val_loss) for row in rows] == [(0, 2, 1.0), (1, 4, 0.5), (2, 6, 0.25)]
+    assert [row.improvement for row in rows] == [None, 0.5, 0.5]
+    assert [row.metrics["val_loss"].mean for row in rows] == [1.0, 0.5, 0.25]
+    assert (log.summary()["val_loss"].count, log.summary()["loss"].count) == (3, 6)
+
+
 def test_everything_missing_from_a_row_has_its_reason() -> None:
     log = MetricsLog(1)
     log.add_step(1, 0, {"loss": math.nan})
@@ -122,6 +151,22 @@ def test_the_collector_works_by_hand(tmp_path: Path) -> None:
     assert rows[1].improvement == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("numbered", [False, True])
+def test_by_hand_an_epochs_steps_and_figures_are_in_one_row(numbered: bool) -> None:
+    """As in the README, epoch after epoch, whether or not the steps say which epoch theirs is."""
+    collector = TrainingMetricsCollector()
+    for epoch in range(3):
+        for loss in (3.0, 1.0):
+            collector.record_batch_metric({"loss": loss - epoch, **({"epoch": epoch} if numbered else {})})
+        collector.record_epoch_metric({"epoch": epoch, "accuracy": epoch / 4})
+    rows = collector.report().epochs
+    assert [(r.epoch, r.step, r.train_loss, r.accuracy) for r in rows] == [
+        (0, 2, 2.0, 0.0),
+        (1, 4, 1.0, 0.25),
+        (2, 6, 0.0, 0.5),
+    ]
+
+
 def test_the_sampled_steps_as_csv_and_back(tmp_path: Path) -> None:
     collector = TrainingMetricsCollector(sample_every_n_steps=1)
     collector.record_batch_metric({"loss": 0.5})
@@ -139,3 +184,15 @@ def test_an_epoch_without_its_number_is_refused() -> None:
 def test_an_interval_below_one_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
         TrainingMetricsCollector(**{name: 0})
+
+
+@pytest.mark.parametrize("value", [Path("/x"), {"a": {1, 2}}, object()], ids=lambda v: type(v).__name__)
+def test_metadata_that_a_report_cannot_hold_are_refused_at_once(value: object) -> None:
+    """Not when the report is written, which would end the run."""
+    with pytest.raises(ValueError, match="metadata 'data' is no JSON"):
+        TrainingMetricsCollector(metadata={"data": value})
+
+
+def test_a_report_where_the_csv_would_go_is_refused() -> None:
+    with pytest.raises(ValueError, match="csv=True"):
+        TrainingMetricsCollector("steps.csv", csv=True)

@@ -42,6 +42,30 @@ def test_the_gradient_norm_is_that_of_all_gradients_of_all_optimizers() -> None:
     assert values["learning_rate_1"] == pytest.approx(0.2)
 
 
+def test_of_an_optimizer_that_steps_several_times_in_a_batch_the_last_norm_counts() -> None:
+    """LBFGS, and manual optimisation: gradients of several steps are not parts of one gradient."""
+    r = recorder()
+    for _ in range(4):
+        r.before_optimizer_step("learning_rate", 0.1, gradients([6.0], [8.0]))
+    r.before_optimizer_step("learning_rate", 0.1, gradients([3.0], [4.0]))
+    r.before_optimizer_step("learning_rate_1", 0.2, gradients([12.0]))
+    r.step_ended(1, 0)
+    assert r.drain()[0].values["grad_norm"] == pytest.approx(13.0)
+
+
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("other", [torch.float16, torch.float32, torch.float64])
+def test_the_norm_of_half_precision_gradients_may_be_beyond_half_precision(
+    count: int, other: torch.dtype
+) -> None:
+    """That of 100,000 values of 100 is 31,623, but the sum of their squares is no float16."""
+    r = recorder(half_gradients=True)
+    half = [torch.full((100_000,), 100.0, dtype=torch.float16) for _ in range(count)]
+    r.before_optimizer_step("learning_rate", 0.1, [*half, torch.zeros(3, dtype=other)])
+    r.step_ended(1, 0)
+    assert r.drain()[0].values["grad_norm"] == pytest.approx(100 * math.sqrt(100_000 * count), rel=1e-3)
+
+
 def test_a_sparse_gradient_counts() -> None:
     embedding = torch.nn.Embedding(10, 2, sparse=True)
     embedding(torch.tensor([1, 1, 5])).sum().backward()

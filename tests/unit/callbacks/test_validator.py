@@ -88,6 +88,22 @@ def test_tolerance_moves_the_line_of_a_timed_claim(monkeypatch: pytest.MonkeyPat
     assert one(timed(3.0, tolerance=0.1)).status == "PASS"
 
 
+@pytest.mark.parametrize(
+    ("claim", "status"),
+    [
+        (lossy([1.0] * 8, [0.94] * 8, -0.05, tolerance=0.1), "PASS"),
+        (lossy([1.0] * 8, [0.954] * 8, -0.05, tolerance=0.1), "PASS"),
+        (lossy([1.0] * 8, [0.96] * 8, -0.05, tolerance=0.1), "FAIL"),
+        (sized(100, 120, -0.2, quantity="saving"), "PASS"),
+        (sized(100, 121, -0.2, quantity="saving", tolerance=0.1), "PASS"),
+        (sized(100, 123, -0.2, quantity="saving", tolerance=0.1), "FAIL"),
+    ],
+)
+def test_tolerance_eases_a_line_below_zero_too(claim: Claim, status: str) -> None:
+    """To get better by 5%, or to take at most 20% more: a tolerance makes neither stricter."""
+    assert one(claim).status == status
+
+
 def test_every_figure_of_a_timed_claim_follows_from_its_samples() -> None:
     result = one(timed(1.5), rounds=7)
     samples = result.samples
@@ -280,6 +296,10 @@ def test_progress_is_told_round_by_round() -> None:
     [
         (lambda: Claim(name="c", measure="time", threshold=2), "both be callables"),
         (lambda: sized(1, 1, math.nan), "threshold"),
+        (lambda: sized(1, 1, "1.5"), "threshold is '1.5', expected a finite number"),  # type: ignore[arg-type]
+        (lambda: sized(1, 1, None), "threshold is None"),  # type: ignore[arg-type]
+        (lambda: sized(1, 1, 2, tolerance="0.1"), "tolerance is '0.1'"),
+        (lambda: sized(1, 1, 2, tolerance=math.nan), "tolerance is nan"),
         (lambda: sized(1, 1, 2, tolerance=1.0), "tolerance"),
         (lambda: sized(1, 1, 2, quantity="speedup"), "ratio or saving"),
         (lambda: sized(1, 1, 2, rounds=0), "rounds"),
