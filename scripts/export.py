@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from ryzen_llm.errors import InputError
@@ -28,6 +29,8 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
+        if not 0 < options.max_shard_gb < math.inf:
+            raise InputError(f"--max-shard-gb is {options.max_shard_gb}, expected a positive number")
         model, tokenizer = load_pretrained(options.model)
         written = export_pretrained(
             model,

@@ -19,8 +19,10 @@ def main(arguments: list[str]) -> int:
         return 130  # before training; from then on the reports are still written
     if report.status != "done":
         return 130 if report.status == "interrupted" else 1
-    failed = any(result.status == "FAIL" for result in report.optimizations.values())
-    return 3 if config.options.strict and failed else 0
+    verdicts = [result.status for result in report.optimizations.values()]
+    if report.tests:
+        verdicts.append(report.tests["status"])
+    return 3 if config.options.strict and "FAIL" in verdicts else 0
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ class Thresholds:
         speculation_speedup_min: Least speed-up of speculative over plain decoding.
         e2e_speedup_target: Least speed-up of everything together over the naive baseline.
         accuracy_loss_max: Largest relative increase of the validation loss.
-        test_pass_rate_min: Least share of the self-tests that ran to pass.
+        test_pass_rate_min: Least share of the self-tests to pass, of those that ran.
     """
 
     kernel_speedup_min: float = 3.0
@@ -67,7 +67,8 @@ class Optimizations:
         embedding_ratio: What a dense embedding is compressed to after training, to measure that: bytes in
             bf16 over compressed bytes.
         kv_cache: Kind of compressed cache that is used and measured: int8, k8v4, int4, int4-sinks or fp8.
-        drafters: Drafters that are used and measured: suffix, recycling, heads:PATH; the best at each step.
+        drafters: Drafters that are used and measured, such as [suffix,recycling], the best at each step:
+            suffix, recycling, heads:PATH.
     """
 
     enable_kernel_optimization: bool = True

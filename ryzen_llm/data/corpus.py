@@ -196,9 +196,9 @@ def open_corpus(source: str | list[str], text_field: str = "text") -> Corpus:
     Raises:
         InputError: nothing there that can be read.
     """
+    if not source:
+        raise InputError(f"source: {source!r} is empty; expected a file, folder, glob, hf:NAME or stdlib")
     if isinstance(source, list):
-        if not source:
-            raise InputError("source: an empty list; expected a file, folder, glob, hf:NAME or stdlib")
         return JoinedCorpus([open_corpus(part, text_field) for part in source])
     if source == "stdlib":
         return StdlibCorpus()
@@ -220,7 +220,9 @@ def _find_files(source: str) -> list[Path]:
         if not matches:
             raise InputError(f"source: no file matches {source!r}")
         found = (_walk(match) if match.is_dir() else [match] for match in matches)
-        files = sorted({file for group in found for file in group if supported_suffix(file)})
+        files = sorted(
+            {file for group in found for file in group if supported_suffix(file) and file.is_file()}
+        )
     else:
         raise InputError(
             f"source: {source!r} does not exist; expected a file, folder, glob, hf:NAME or stdlib"

@@ -135,8 +135,9 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:  # also a number too long, or too deep in each other
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{path}, line {number}: not valid JSON ({reason})") from error
             yield text_of_row(row, text_field, f"{path}, line {number}")
 
 

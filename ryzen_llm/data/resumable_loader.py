@@ -4,14 +4,13 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from ryzen_llm.errors import InputError
 
 
-class ShuffledSampler(DistributedSampler[torch.Tensor]):
+class ShuffledSampler(DistributedSampler[Any]):
     """This process's share of a permutation that is a function of (seed, epoch) only.
 
     A DistributedSampler, because Lightning tells those the epoch and leaves them in place under DDP. Its own
@@ -19,9 +18,7 @@ class ShuffledSampler(DistributedSampler[torch.Tensor]):
     as Python integers, which are many times larger than the 8 bytes a window here.
     """
 
-    def __init__(
-        self, dataset: Dataset[torch.Tensor], seed: int, num_replicas: int = 1, rank: int = 0
-    ) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int, num_replicas: int = 1, rank: int = 0) -> None:
         super().__init__(
             dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True
         )
@@ -38,7 +35,7 @@ class ShuffledSampler(DistributedSampler[torch.Tensor]):
         return len(self.dataset)
 
 
-class ResumableLoader(DataLoader[torch.Tensor]):
+class ResumableLoader(DataLoader[Any]):
     """A DataLoader over a `ShuffledSampler` whose state is how many batches were handed out in which epoch.
 
     Lightning saves and restores that state with the checkpoint (its `_Stateful` protocol). After

@@ -101,7 +101,7 @@ def measure_perplexity(
         if on_progress is not None:
             on_progress(done, count)
     scored = len(ids) - 1
-    num_bytes = len(text.encode()) - (0 if begins else len(tokenizer.decode(ids[:1]).encode()))
+    num_bytes = len(text.encode()) - (0 if begins else _bytes_of_first(tokenizer, ids))
     return Perplexity(
         perplexity=math.exp(nats / scored),
         loss=nats / scored,
@@ -114,6 +114,16 @@ def measure_perplexity(
         beginning=tokenizer.decode(ids[:1]) if begins else None,
         vocab_size=tokenizer.vocab_size,
     )
+
+
+def _bytes_of_first(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """UTF-8 bytes of the first token, which may end within a character."""
+    count = 1  # tokens up to the end of that character
+    while (known := tokenizer.decode(ids[:count])).endswith("\ufffd") and count < len(ids):
+        count += 1
+    rest = tokenizer.decode(ids[1:count])
+    whole = rest.lstrip("\ufffd")  # of what begins within a character, each byte became one of these
+    return len(known.encode()) - (len(rest) - len(whole)) - len(whole.encode())
 
 
 def _batches(ids: Tensor, context: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -38,6 +38,8 @@ _DESCRIPTION = """Train a language model, measure what the optimisations gain, a
 Five phases: setup, training, validation, testing, reporting. Every key below can stand in a YAML or JSON file
 (--config FILE, several times if wanted; the later one wins) or on the command line. Short names: """
 
+_LEAST_OF_DRAFTER = {"texts": 1, "length": 64, "vocab_size": 1, "intermediate_size": 1, "depth": 1}
+
 # What the pipeline decides itself, and what makes no sense for it.
 _TRAINER_SKIP = {
     "callbacks",
@@ -60,7 +62,8 @@ class RunOptions:
     """The keys that belong to no part.
 
     Args:
-        output_dir: Folder for checkpoints, logs and reports. An earlier run there is moved aside.
+        output_dir: Folder for checkpoints, logs and reports. An earlier run there is moved aside; anything
+            else is left alone and refused.
         resume: Go on from the newest checkpoint in output_dir.
         phases: Which of training, validation and testing to run, with commas between; setup and reporting
             always run. Without training, the reports in output_dir of the phases left out are kept.
@@ -105,10 +108,14 @@ class RunOptions:
             raise InputError(f"kernel_seconds is {self.kernel_seconds}, expected zero or more")
         if self.twin_steps < 0:
             raise InputError(f"twin_steps is {self.twin_steps}, expected zero or more")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}, expected zero or more")
+        if not 0 <= self.seed < 1 << 32:
+            raise InputError(f"seed is {self.seed}, expected zero or more, and less than 2**32")
         if not self.prompt:
             raise InputError("prompt is empty, expected the beginning of a text")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
+            raise InputError(f"prompt is {self.prompt!r}, expected text in UTF-8") from error
         for name in self.phases.split(","):
             if name not in ("setup", *PHASES, "reporting"):
                 raise InputError(f"phases has {name!r}, expected some of {', '.join(PHASES)}")
@@ -147,7 +154,7 @@ class DrafterOptions:
     depth: int = 3
 
     def __post_init__(self) -> None:
-        for name, least in (("texts", 1), ("length", 64), ("vocab_size", 1)):
+        for name, least in _LEAST_OF_DRAFTER.items():
             if getattr(self, name) < least:
                 raise InputError(f"drafter.{name} is {getattr(self, name)}, expected {least} or more")
 
@@ -171,6 +178,7 @@ class RunConfig:
     text: str
 
     def __post_init__(self) -> None:
+        _check_trainer(self.trainer)
         if self.init_from is None:
             return
         if self.model["name"] is not None:
@@ -232,6 +240,23 @@ class RunConfig:
             )
 
 
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    """What Lightning takes, but does not work here."""
+    clip = trainer["gradient_clip_val"]
+    if clip is not None and not clip >= 0:
+        raise InputError(f"trainer.gradient_clip_val is {clip}, expected zero, which is no clipping, or more")
+    if trainer["limit_val_batches"] == 0:
+        raise InputError("trainer.limit_val_batches is 0, expected more: the validation loss is reported")
+    endless = trainer["max_epochs"] == -1 or (
+        trainer["max_epochs"] is None and trainer["max_time"] is not None
+    )
+    if endless and trainer["max_steps"] == -1:
+        raise InputError(
+            "trainer.max_epochs and trainer.max_steps set no end, expected one of them to: the learning rate "
+            "follows it, also where trainer.max_time comes first"
+        )
+
+
 def build_parser() -> ArgumentParser:
     """The parser of scripts/train.py; its defaults and help come from the docstrings of the parts."""
     short = ", ".join(f"{alias} = {key}" for alias, key in ALIASES.items())
@@ -291,7 +316,8 @@ def parse(arguments: Sequence[str]) -> RunConfig:
     parser = build_parser()
     try:
         namespace = parser.parse_args(_expand(arguments))
-    except ArgumentError as error:
+        parser.validate(namespace, False)  # also values that are null, which parsing lets through
+    except (ArgumentError, TypeError) as error:
         keys = [*ALIASES, *build_parser().get_defaults().keys()]
         raise InputError(explain(str(error), keys)) from error
     return from_namespace(parser, namespace)
@@ -301,6 +327,11 @@ def from_namespace(parser: ArgumentParser, namespace: Namespace) -> RunConfig:
     """The checked configuration of parsed arguments."""
     values = namespace.clone()
     values.pop("config", None)
+    for name in ("optimizer", "drafter", "data", "model", "trainer"):
+        if not isinstance(values[name], Namespace):
+            raise InputError(
+                f"{name} is {values[name]!r}, expected keys and values; leave it out for its defaults"
+            )
     text = parser.dump(values)
 
     def part(cls: Any) -> Any:

@@ -19,6 +19,7 @@ _WORDS = {
     "bool": "true or false",
     "str": "text",
     "NoneType": "null",
+    "tuple": "a list, as in [a,b]",
 }
 
 

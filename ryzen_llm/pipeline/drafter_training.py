@@ -21,7 +21,7 @@ from ryzen_llm.pipeline.orchestrator import Orchestrator
 from ryzen_llm.pipeline.report import Accuracy, Kernels
 from ryzen_llm.pipeline.training import train
 from ryzen_llm.selftest import IntegrationTestRunner
-from ryzen_llm.training import DraftHeadsModule, TargetTextModule, Turns
+from ryzen_llm.training import DraftHeadsModule, TargetTextModule, Turns, check_heads_resumable
 
 HEADS = "heads.safetensors"
 TEXTS_IN_A_BATCH = 8
@@ -34,6 +34,7 @@ class DrafterOrchestrator(Orchestrator):
     claim that is measured is the one of speculative decoding, with these heads besides the other drafters.
     """
 
+    kind = "heads"
     module: DraftHeadsModule  # type: ignore[assignment]
 
     def _build(self) -> tuple[int | None, str]:
@@ -69,14 +70,14 @@ class DrafterOrchestrator(Orchestrator):
     def _choose_parts(self, device: torch.device, precision: str) -> None:
         self.kernels = Kernels(reason="draft heads are trained with the plain ops")
 
+    def _check_prompt(self) -> None:
+        """There is no sample."""
+
     def _check_resumable(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-        known = {name: tensor.shape for name, tensor in self.module.state_dict().items()}
-        if {name: tensor.shape for name, tensor in state.items()} != known:
-            raise InputError(f"resume: {checkpoint} is of other heads; restore drafter, or start a new run")
+        check_heads_resumable(checkpoint, self.module.heads, self.config.optimizer)
 
     def _train(self) -> None:
-        train(self.trainer, self.module, self.texts, self.resume_from)
+        self.checkpoint = train(self.trainer, self.module, self.texts, self.resume_from)
         measured = self.trainer.callback_metrics
         self.accuracy = Accuracy(
             val_loss=float(measured["val_loss"]),

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -79,6 +79,9 @@ class Orchestrator:
     config: RunConfig
     console: Console = field(default_factory=Console)
 
+    kind: ClassVar[str] = "model"
+    """What is trained, as `read_checkpoint` calls it."""
+
     def __post_init__(self) -> None:
         self.output_dir = Path(self.config.options.output_dir).expanduser().absolute()
         self.phases: list[Phase] = []
@@ -119,6 +122,7 @@ class Orchestrator:
         trains = options.runs("training")
         seed_everything(options.seed, verbose=False)
         flops_per_token, what = self._build()
+        self._check_prompt()
         try:
             self.trainer: Trainer = build_trainer(self.config, self.output_dir, precision, flops_per_token)
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
@@ -126,7 +130,7 @@ class Orchestrator:
         if self._leads:
             held.enter_context(claim_output_dir(self.output_dir, keep=options.resume or not trains))
         resumes = options.resume and trains
-        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS) if resumes else None
+        self.resume_from = newest_checkpoint(self.output_dir / CHECKPOINTS, self.kind) if resumes else None
         if self.resume_from:
             self._check_resumable(self.resume_from)
         if resumes:
@@ -198,8 +202,18 @@ class Orchestrator:
             f"model {self.config.model_name} with {model.num_parameters():,} parameters"
         )
 
+    def _check_prompt(self) -> None:
+        """Raise InputError where the sample at the end could not be written."""
+        tokens = len(self.config.data.tokenizer.encode_prompt(self.config.options.prompt))
+        most = self.module.model.config.max_position_embeddings
+        if not 0 < tokens < most:
+            raise InputError(
+                f"prompt has {tokens} tokens, expected 1 to {most - 1}, one less than the model's "
+                "max_position_embeddings: give another --prompt"
+            )
+
     def _check_resumable(self, checkpoint: Path) -> None:
-        check_resumable(checkpoint, self.module.model.config, self.config.data)
+        check_resumable(checkpoint, self.module.model.config, self.config.data, self.config.optimizer)
 
     def _clear_reports(self) -> None:
         """Remove the reports of an earlier call, so that they are not taken for this one's.
@@ -246,7 +260,7 @@ class Orchestrator:
         except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
             status, error = "interrupted", "interrupted"
         except Exception as caught:
-            if name == "training" and isinstance(caught, InputError):
+            if name == "training" and self.checkpoint is None and isinstance(caught, InputError):
                 raise  # the checkpoint to resume from does not fit the data
             status, error = "failed", traceback.format_exc()
             message = " ".join([str(caught), *getattr(caught, "__notes__", [])])
@@ -263,7 +277,7 @@ class Orchestrator:
             initial_val_loss = measured["val_loss"]
             self.console.print(f"validation loss before training: {initial_val_loss:.3f} nats per token")
         try:
-            train(self.trainer, self.module, data, self.resume_from)
+            self.checkpoint = train(self.trainer, self.module, data, self.resume_from)
         except (RuntimeError, ConnectionError, EOFError) as error:
             # PyTorch names a worker that is gone, unless its pipe breaks before its end is noticed.
             broken_pipe = isinstance(error, (ConnectionError, EOFError))
@@ -278,9 +292,6 @@ class Orchestrator:
                     "and go on from the last checkpoint with --resume."
                 )
             raise
-        if "val_loss" not in self.trainer.callback_metrics:  # a finished run, resumed: nothing was left to do
-            self.trainer.validate(self.module, datamodule=data, verbose=False)
-        self.checkpoint = f"{CHECKPOINTS}/step={self.trainer.global_step}.ckpt"
         self.weights = whole_state_dict(self.module.model)  # by all processes together
         not_measured = (
             "the run was resumed" if self.config.init_from else "training started from random weights"
@@ -446,7 +457,7 @@ class Orchestrator:
             kernels=self.kernels,
             e2e_speedup=components.get("end_to_end"),
             accuracy=self.accuracy,
-            tests=self.tests.summary.model_dump() if self.tests else None,
+            tests=self._judged_tests(),
             sample=self.sample,
             recommendations=recommend(results, supports_bf16(self.device)),
             artifacts={
@@ -455,6 +466,14 @@ class Orchestrator:
                 if key in ("html", "markdown") or (self.output_dir / name).exists()
             },
         )
+
+    def _judged_tests(self) -> dict[str, Any] | None:
+        """How many self-tests came out how, and the verdict on that."""
+        if self.tests is None:
+            return None
+        rate, threshold = self.tests.summary.pass_rate, self.config.thresholds.test_pass_rate_min
+        status = "NOT_MEASURED" if rate is None else "PASS" if rate >= threshold else "FAIL"
+        return {**self.tests.summary.model_dump(), "threshold": threshold, "status": status}
 
 
 def _device(accelerator: str) -> torch.device:

@@ -12,6 +12,11 @@ from filelock import FileLock, Timeout
 from ryzen_llm.errors import InputError
 
 _LOCK = ".lock"
+_RUN = (
+    *("config.yaml", "checkpoints", "tensorboard", "report.html", "report.md", "phase2_final_report.json"),
+    *("training_metrics_report.json", "validation_report.json", "integration_test_report.json"),
+)
+"""What a run writes: a folder with none of these is not one of a run."""
 
 
 @contextmanager
@@ -19,8 +24,8 @@ def claim_output_dir(path: Path, keep: bool) -> Iterator[None]:
     """Make `path` ready for a run, and keep other runs out of it until the context is left.
 
     Without `keep`, what an earlier run left there moves to the first free of `path-1`, `path-2`, ...:
-    nothing is overwritten. Raises InputError where the folder cannot be written, is no folder, or another run
-    has it.
+    nothing is overwritten. Raises InputError where the folder cannot be written, is no folder, has what no
+    run has left, is the working directory or above it, or another run has it.
     """
     if path.exists() and not path.is_dir():
         raise InputError(f"output_dir {path}: is a file, expected a folder or a name that is free")
@@ -51,6 +56,11 @@ def _locked(path: Path) -> FileLock:
 
 def _moved_aside(path: Path, lock: FileLock) -> FileLock:
     """Rename the folder, and lock a new one; the old one is locked until it has its new name."""
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):
+        raise InputError(f"output_dir {path}: is the working directory or above it; choose another folder")
+    if not any((path / name).exists() for name in _RUN):
+        raise InputError(f"output_dir {path}: is not empty and holds no earlier run; choose another folder")
     number = 1
     while (aside := path.with_name(f"{path.name}-{number}")).exists():
         number += 1

@@ -31,8 +31,8 @@ _WITHOUT_BF16 = (
 
 
 def recommend(results: list[ValidationResult], has_bf16: bool) -> list[str]:
-    """One sentence for each switch, what it gains or would gain, and one for each other claim that did not
-    pass; `has_bf16` says whether the hardware that they were measured on has bf16 arithmetic.
+    """One sentence for each switch, what it gains or would gain, and one for each claim without a switch that
+    did not pass; `has_bf16` says whether the hardware that they were measured on has bf16 arithmetic.
     """
     by_name = {result.name: result for result in results}
     lines = [f"{switch}: {_advice(by_name, name)}" for name, switch in _SWITCHES.items() if name in by_name]

@@ -71,6 +71,7 @@ class FinalReport(_Part):
     e2e_speedup: Component | None
     accuracy: Accuracy
     tests: dict[str, Any] | None
+    """The summary of the self-tests, and the verdict (`status`) against `threshold`, the least pass rate."""
     sample: str | None
     recommendations: list[str]
     artifacts: dict[str, str]

@@ -42,7 +42,9 @@ def show_summary(console: Console, report: FinalReport, output_dir: Path) -> Non
         )
     if report.tests:
         counts = ", ".join(f"{report.tests[key]} {key}" for key in ("passed", "failed", "errors", "skipped"))
-        console.print(f"self-tests: {counts}")
+        missed = report.tests["status"] == "FAIL"
+        verdict = f": [red]FAIL[/], at least {report.tests['threshold']:.1%} have to pass" if missed else ""
+        console.print(f"self-tests: {counts}{verdict}")
     if report.sample:
         console.print(f"\n[bold]The model writes:[/bold]\n{escape(report.sample)}\n")
     for phase in report.phases:

@@ -26,6 +26,17 @@ TRAINING_REPORT = "training_metrics_report.json"
 CONFIG = "config.yaml"
 
 
+class LastValidation(Callback):
+    """Remembers after how many optimizer steps the weights were validated last."""
+
+    step: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember it."""
+        if not trainer.sanity_checking:
+            self.step = trainer.global_step
+
+
 def build_trainer(
     config: RunConfig, output_dir: Path, precision: str, flops_per_token: int | None
 ) -> Trainer:
@@ -40,6 +51,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     callbacks: list[Callback] = [
+        LastValidation(),
         SpeedBursts(),  # before the collector, which takes up what it logs
         TrainingMetricsCollector(
             output_dir / TRAINING_REPORT,
@@ -54,6 +66,7 @@ def build_trainer(
             filename="{step}",
             monitor="step",
             mode="max",
+            enable_version_counter=False,  # a damaged one of the same step is replaced
             save_top_k=2,  # one to fall back on, should a crash cut off the newer one
             every_n_train_steps=config.options.checkpoint_every_n_steps,
         ),
@@ -85,14 +98,23 @@ def build_trainer(
 
 def train(
     trainer: Trainer, module: LightningModule, data: LightningDataModule, resume_from: Path | None
-) -> None:
-    """Fit, from the start or from a checkpoint, and leave a checkpoint of the last step."""
+) -> str:
+    """Fit, from the start or from a checkpoint, and leave a checkpoint of the last step.
+
+    Returns where it is within the output directory. The Trainer's metrics are of the same weights.
+    """
     trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     assert isinstance(trainer.checkpoint_callback, ModelCheckpoint)
-    last = Path(trainer.default_root_dir) / CHECKPOINTS / f"step={trainer.global_step}.ckpt"
+    name = f"{CHECKPOINTS}/step={trainer.global_step}.ckpt"
+    last = Path(trainer.default_root_dir) / name
     # The newest it wrote, which every process knows; not whether the file is there, which depends on timing.
     if str(last) != trainer.checkpoint_callback.best_model_path:
         trainer.save_checkpoint(last)
+    (validation,) = (each for each in trainer.callbacks if isinstance(each, LastValidation))  # type: ignore[attr-defined]
+    # Not yet in a finished run that was resumed, and of earlier weights where a step was the last one.
+    if validation.step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    return name
 
 
 @rank_zero_only

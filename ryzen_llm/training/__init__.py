@@ -1,6 +1,11 @@
 """Training: the LightningModule, its optimiser and schedules, and its checkpoints."""
 
-from ryzen_llm.training.checkpoint import check_resumable, load_checkpoint, newest_checkpoint
+from ryzen_llm.training.checkpoint import (
+    check_heads_resumable,
+    check_resumable,
+    load_checkpoint,
+    newest_checkpoint,
+)
 from ryzen_llm.training.draft_heads_module import DraftHeadsModule
 from ryzen_llm.training.embedding_calibration import Quality, calibrate, measure, with_embedding
 from ryzen_llm.training.embedding_compressor import Candidate, EmbeddingChoice, EmbeddingCompressor
@@ -29,6 +34,7 @@ __all__ = [
     "autocast",
     "build_adamw",
     "calibrate",
+    "check_heads_resumable",
     "check_resumable",
     "choose_precision",
     "heal",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -10,6 +13,7 @@ from torchmetrics import MeanMetric
 from ryzen_llm.decoding import DraftHeads, HeadsConfig, output_rows
 from ryzen_llm.kernels import linear_cross_entropy
 from ryzen_llm.model import Transformer
+from ryzen_llm.training.language_module import CHECKPOINT_FORMAT, CHECKPOINT_KEY
 from ryzen_llm.training.optimizer import OptimizerConfig, ScheduledModule, build_adamw
 from ryzen_llm.training.target_text import Batch
 
@@ -110,3 +114,11 @@ class DraftHeadsModule(ScheduledModule):
         """AdamW over the heads, with the schedule stepped every optimizer step."""
         optimizer = build_adamw(self.heads, self.optimizer_config, fused=False)
         return self.with_schedule(optimizer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the heads' shape."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": CHECKPOINT_FORMAT,
+            "heads": asdict(self.heads.config),
+            "optimizer": asdict(self.optimizer_config),
+        }

@@ -17,7 +17,7 @@ from ryzen_llm.training.optimizer import OptimizerConfig, ScheduledModule, build
 from ryzen_llm.training.sharded import shard
 
 CHECKPOINT_KEY = "ryzen_llm"
-"""Where a checkpoint keeps what is needed to rebuild the model, as plain types."""
+"""Where a checkpoint keeps what is needed to rebuild what it is of, as plain types."""
 
 CHECKPOINT_FORMAT = 1
 
@@ -147,12 +147,11 @@ class LanguageModule(ScheduledModule):
         Lightning refuses to clip for fused AdamW under any autocast, because fp16 gradients would still be
         scaled there; bf16 has no scaler.
         """
-        if (
-            gradient_clip_val
-            and self.trainer.precision == "bf16-mixed"
-            and gradient_clip_algorithm != "value"
-        ):
-            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if gradient_clip_val and self.trainer.precision == "bf16-mixed":
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            else:
+                torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 

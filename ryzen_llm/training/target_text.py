@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ryzen_llm.data.resumable_loader import ResumableLoader, ShuffledSampler
 from ryzen_llm.decoding import Generator, Sampling
 from ryzen_llm.errors import InputError
 
@@ -247,11 +248,12 @@ class TargetTextModule(pl.LightningDataModule):
         chosen = self._chosen()
         return float(torch.special.entr(chosen.bincount() / len(chosen)).sum())
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled batches."""
-        order = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            self.train, self.batch_size, shuffle=True, drop_last=True, generator=order, collate_fn=_as_it_is
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled batches; resumable in mid-epoch."""
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = ShuffledSampler(self.train, self.seed, processes, rank)
+        return ResumableLoader(
+            self.train, self.batch_size, sampler=sampler, drop_last=True, collate_fn=_as_it_is
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:

@@ -20,6 +20,7 @@ def load_script(name):
 
 train = load_script("train")
 generate = load_script("generate")
+export = load_script("export")
 
 FILES = {
     "unknown.yaml": "learning_rte: 1.0\n",
@@ -27,6 +28,10 @@ FILES = {
     "list.yaml": "- a\n- b\n",
     "broken.yaml": "data: [1,\n",
     "nested.yaml": "data: 3\nbatch_size: 4\n",
+    "empty.yaml": "data:\n",
+    "null.yaml": "seed: null\n",
+    "number.jsonl": f'{{"text": {"1" * 5000}}}\n',
+    "deep.jsonl": f'{{"text": {"[" * 100_000}',
     "empty.txt": "",
     "short.txt": "A few words only.",
     "binary.txt": b"text\x00\x01\x02",
@@ -87,6 +92,29 @@ CASES = {
     "no rounds": (["--validation_rounds", "0"], "validation_rounds"),
     "less than no time": (["--kernel_seconds", "-1"], "kernel_seconds"),
     "empty prompt": (["--prompt", ""], "prompt"),
+    "prompt that is not UTF-8": (["--prompt", "caf\udce9"], "prompt"),
+    "prompt longer than the model's context": (
+        ["--prompt", "x" * 2100, *["--data.source", "{}/prose.txt", "--data.vocab_size", "270"]],
+        "prompt has ",
+    ),
+    "seed beyond 32 bits": (["--seed", "5000000000"], "seed"),
+    "clipping that climbs": (["--trainer.gradient_clip_val", "-1"], "gradient_clip_val"),
+    "clipping at no number": (["--trainer.gradient_clip_val", "nan"], "gradient_clip_val"),
+    "no validation": (["--trainer.limit_val_batches", "0"], "limit_val_batches"),
+    "no end but a time": (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00"], "max_epochs"),
+    "a part left empty": (["--config", "{}/empty.yaml"], "data is None, expected keys and values"),
+    "a key that is null": (["--config", "{}/null.yaml"], "seed is None, expected a whole number"),
+    "drafters with commas": (["--drafters", "suffix,recycling"], "expected a list, as in [a,b]"),
+    "source with an empty entry": (["--data.source", "['{}/prose.txt', '']"], "source: '' is empty"),
+    "row with an endless number": (
+        ["--data.source", "{}/number.jsonl"],
+        "number.jsonl, line 1: not valid JSON",
+    ),
+    "row that is too deep": (["--data.source", "{}/deep.jsonl"], "deep.jsonl, line 1: not valid JSON"),
+    "output directory with something else in it": (
+        ["--output_dir", "{}", *["--data.source", "{}/prose.txt", "--data.vocab_size", "270"]],
+        "output_dir",
+    ),
     "unknown model": (
         ["--model.name", "tinny", *["--data.source", "{}/prose.txt", "--data.vocab_size", "270"]],
         "tinny",
@@ -143,6 +171,13 @@ def test_training_refuses(case, folder, capsys):
     before = {path.name for path in folder.iterdir()} | {"cache"}
     assert_one_clear_line(capsys, train.main(arguments), naming)
     assert {path.name for path in folder.iterdir()} <= before
+
+
+@pytest.mark.parametrize("size", ["nan", "inf", "0", "-1"])
+def test_exporting_refuses_files_of_no_size(size, folder, capsys):
+    """Before it reads the model."""
+    status = export.main(["--model", "none.ckpt", "--out", "out", f"--max-shard-gb={size}"])
+    assert_one_clear_line(capsys, status, "--max-shard-gb")
 
 
 @pytest.mark.parametrize(

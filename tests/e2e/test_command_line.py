@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tiny import SETTINGS, arguments, report
 
-from ryzen_llm.pipeline import parse
+from ryzen_llm.pipeline import Orchestrator, parse
+from ryzen_llm.pipeline.report import Accuracy, FinalReport
 
 CUSTOM = (
     '{"num_epochs": 2, "batch_size": 16, "target_speedup": 4.0, "accuracy_loss_threshold": 0.005, '
@@ -134,6 +135,31 @@ def test_the_printed_configuration_reads_as_the_same(
     assert printed.value.code == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert settings("--config", str(tmp_path / "printed.yaml")) == settings(*given)
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("PASS", 0), ("FAIL", 3), ("NOT_MEASURED", 0)])
+def test_strict_takes_self_tests_for_a_verdict(
+    verdict: str,
+    status: int,
+    train: Callable[[list[str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = FinalReport(
+        status="done",
+        phases=[],
+        optimizations={},
+        e2e_speedup=None,
+        accuracy=Accuracy(),
+        tests={"status": verdict},
+        sample=None,
+        recommendations=[],
+        artifacts={},
+    )
+    monkeypatch.setattr(Orchestrator, "run", lambda self: made)
+    command = [f"--output_dir={tmp_path}"]
+    assert train(command) == 0
+    assert train([*command, "--strict"]) == status
 
 
 def test_help_names_every_key_with_an_explanation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tiny import arguments, report
 
 import ryzen_llm.pipeline.orchestrator as orchestrator
+from ryzen_llm.errors import InputError
 from ryzen_llm.training import LanguageModule
 
 Train = Callable[[list[str]], int]
@@ -120,6 +121,21 @@ def test_validation_fails(
     assert final["accuracy"]["val_loss"] > 0
     assert final["tests"]["passed"] > 0
     assert "validation" not in final["artifacts"]
+
+
+def test_a_sample_that_cannot_be_written_loses_no_report(
+    tmp_path: Path, corpus: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where what it raises is an InputError, which in setup ends the call without reports."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise InputError("no room")
+
+    monkeypatch.setattr(orchestrator, "Generator", refuse)
+    assert train(arguments(corpus, tmp_path / "out", phases="training", **SHORT)) == 1
+    final = report(tmp_path / "out", "phase2_final_report")
+    assert (final["status"], final["sample"]) == ("failed", None)
+    assert final["accuracy"]["val_loss"] > 0
 
 
 def test_testing_fails(tmp_path: Path, corpus: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,11 +114,14 @@ def test_a_checkpoint_from_elsewhere_is_measured_in_a_folder_of_its_own(
 def test_training_alone_can_be_followed_by_the_rest(
     tmp_path: Path, corpus: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Both report the validation loss of the weights that they name."""
     monkeypatch.setattr(orchestrator, "build_claims", lambda context: [])
     out = tmp_path / "out"
-    short = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 8}
+    # Ends in an epoch, so that the validation within training is of earlier weights.
+    short = {"trainer.max_steps": 12, "trainer.limit_train_batches": 8}
     assert train(alone(corpus, out, "training", **short)) == 0
     first = report(out, "phase2_final_report")
+    assert first["checkpoint"] == "checkpoints/step=12.ckpt"
     assert [phase["status"] for phase in first["phases"]] == ["done", "done", "skipped", "skipped", "done"]
     assert train(alone(corpus, out, "validation,testing", **short)) == 0
     second = report(out, "phase2_final_report")

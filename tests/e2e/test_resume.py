@@ -1,6 +1,7 @@
 """Killed at any moment and started again with --resume, a run ends as if nothing had happened."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from outcomes import assert_same_outcome
 from tiny import arguments, report, run_script, start_script, write_corpus
+
+from ryzen_llm.training import newest_checkpoint
 
 Train = Callable[[list[str]], int]
 
@@ -167,10 +170,22 @@ def test_a_finished_run_is_measured_again_but_not_trained(
     assert report(copied, "phase2_final_report")["e2e_speedup"]["threshold"] == 1000
 
 
+def test_a_damaged_newest_checkpoint_is_replaced(copied: Path, corpus: Path, train: Train) -> None:
+    """By one of the same name, so that the folder can be read ever after."""
+    damaged = copied / "checkpoints" / "step=40.ckpt"
+    os.truncate(damaged, 5000)
+    again = arguments(corpus, copied, resume=True, phases="training", checkpoint_every_n_steps=10)
+    with pytest.warns(UserWarning, match=r"step=40\.ckpt: truncated .* taking the one before"):
+        assert train(again) == 0
+    assert not list(damaged.parent.glob("*-v*"))
+    assert newest_checkpoint(damaged.parent) == damaged
+
+
 @pytest.mark.parametrize(
     ("change", "naming"),
     [
         ({"model.hidden_size": 32}, "model.hidden_size is 32, was 16"),
+        ({"optimizer.weight_decay": 0.2}, "optimizer.weight_decay is 0.2, was 0.1"),
         ({"data.batch_size": 8}, "data.batch_size is 8, was 4"),
         ({"data.seed": 1}, "data.seed is 1, was 0"),
         ({"data.val_fraction": 0.3}, "trained on other data"),

@@ -1,6 +1,7 @@
 """Draft heads are trained for a model by the same script, and used by generate.py."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,12 +60,34 @@ def test_generate_drafts_with_the_heads(
     assert found[1]["accepted_per_step"] >= 1
 
 
+def test_a_finished_run_is_resumed_from_its_checkpoint(
+    heads_run: Path,
+    finished: Path,
+    corpus: Path,
+    train: Callable[[list[str]], int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not trained anew, with the same outcome. Its folder is not taken for a language model's."""
+    out = Path(shutil.copytree(heads_run, tmp_path / "run"))
+    settings = {"drafter__target": finished, "data__cache_dir": heads_run.parent / "cache", **DRAFTER}
+    before = report(heads_run, "phase2_final_report")
+    assert train(arguments(corpus, out, resume=True, phases="training", **settings)) == 0
+    assert f"resuming from {Path(before['checkpoint']).name}" in capsys.readouterr().out
+    after = report(out, "phase2_final_report")
+    assert after["checkpoint"] == before["checkpoint"]
+    assert after["accuracy"] == pytest.approx(before["accuracy"])
+    assert train(arguments(corpus, out, resume=True, phases="training")) == 2
+    assert "is of draft heads, expected one of a language model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"drafter__target": "/nowhere"}, "model /nowhere: no such file or directory"),
         ({"drafter__length": 65}, "length is 65, expected more than 1 and at most"),
         ({"drafter__length": 8}, "drafter.length is 8, expected 64 or more"),
+        ({"drafter__depth": 0}, "drafter.depth is 0, expected 1 or more"),
     ],
 )
 def test_bad_settings_are_named(

@@ -125,8 +125,10 @@ def test_a_damaged_memo_is_rebuilt(tmp_path: Path, content: str) -> None:
         ("*.md", "no file matches '*.md'"),
         ("pictures", "no file of a supported type in 'pictures'; expected .txt"),
         ("pictures/*", "no file of a supported type"),
+        ("*.txt", "no file of a supported type"),
         ("pictures/a.png", "file type not supported; expected .txt"),
-        ([], "an empty list"),
+        ([], "source: [] is empty"),
+        (["texts/readme.md", ""], "source: '' is empty"),
         ("hf:", "no dataset named"),
     ],
 )
@@ -136,6 +138,8 @@ def test_a_source_with_nothing_to_read_is_one_clear_error(
     """The error says what the source was and what would do."""
     monkeypatch.setitem(sys.modules, "datasets", types.ModuleType("datasets"))
     write(tmp_path / "pictures" / "a.png", "no text")
+    write(tmp_path / "texts" / "readme.md", "text")
+    (tmp_path / "broken.txt").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         open_corpus(source)

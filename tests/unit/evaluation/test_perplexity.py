@@ -1,5 +1,6 @@
 """Perplexity is what a plain loop over transformers' model computes, and says what it was measured with."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from random_models import save, small_tokenizer
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.errors import InputError
 from ryzen_llm.evaluation import measure_perplexity
-from ryzen_llm.evaluation.perplexity import _batches
+from ryzen_llm.evaluation.perplexity import _batches, _bytes_of_first
 from ryzen_llm.interop import load_pretrained
 from ryzen_llm.model import Transformer
 
@@ -81,6 +82,15 @@ def test_what_the_tokenizer_puts_before_a_text_is_there_and_not_scored(
     assert found.bits_per_byte == pytest.approx(
         found.loss * found.scored_tokens / math.log(2) / len(TEXT.encode())
     )
+
+
+@pytest.mark.parametrize("text", ["日本", "🙂x", "abc", "ïz", "日", "\ufffdab", "本\ufffdx"])
+def test_the_first_token_counts_as_the_bytes_that_it_is_of(text: str) -> None:
+    """Where it is part of a character, too. In byte-level BPE a token has a sign for each of its bytes."""
+    tokenizer = Tokenizer.train(["日本語のテキスト naïve 🙂🙃 abc" * 3] * 50, 262)
+    ids = tokenizer.encode(text)
+    vocabulary = {token: sign for sign, token in json.loads(tokenizer.to_json())["model"]["vocab"].items()}
+    assert _bytes_of_first(tokenizer, ids) == len(vocabulary[ids[0]])
 
 
 @settings(max_examples=200, deadline=None)

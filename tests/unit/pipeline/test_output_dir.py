@@ -46,6 +46,35 @@ def test_an_empty_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert not tmp_path.with_name(f"{tmp_path.name}-1").exists()
 
 
+def test_what_is_no_run_is_never_moved(tmp_path: Path) -> None:
+    """Texts to train on, or a home directory, given as output_dir by mistake."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("mine")
+    refused = pytest.raises(InputError, match="is not empty and holds no earlier run; choose another folder")
+    with refused, claim_output_dir(texts, keep=False):
+        pass
+    assert list(tmp_path.rglob("*")) == [texts, texts / "a.txt"]
+
+
+@pytest.mark.parametrize("name", ["run", ".", "", ".."])
+def test_the_working_directory_stays_where_it_is(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run is in it: whoever works there would be left in the renamed folder."""
+    run = tmp_path / "run"
+    (run / "deeper").mkdir(parents=True)
+    write(run, "run 0")
+    monkeypatch.chdir(run / "deeper" if name == ".." else run)
+    path = run if name == "run" else Path(name).absolute()
+    refused = pytest.raises(InputError, match="is the working directory or above it")
+    with refused, claim_output_dir(path, keep=False):
+        pass
+    assert list(tmp_path.iterdir()) == [run]
+    with claim_output_dir(path, keep=True):
+        assert read(run) == "run 0"
+
+
 def test_resuming_leaves_everything_in_place(tmp_path: Path) -> None:
     write(tmp_path, "run 0")
     with claim_output_dir(tmp_path, keep=True):

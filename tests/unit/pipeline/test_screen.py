@@ -61,6 +61,19 @@ def test_what_is_missing_is_left_out() -> None:
     assert "self-tests" not in shown
 
 
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        ("PASS", "self-tests: 9 passed, 1 failed, 0 errors, 2 skipped"),
+        ("FAIL", "self-tests: 9 passed, 1 failed, 0 errors, 2 skipped: FAIL, at least 95.0% have to pass"),
+    ],
+)
+def test_too_few_self_tests_that_passed_are_a_verdict(status: str, line: str) -> None:
+    counts = {"passed": 9, "failed": 1, "errors": 0, "skipped": 2}
+    shown = screen(final_report(tests={**counts, "threshold": 0.95, "status": status}))
+    assert line in shown.splitlines()
+
+
 def test_a_report_holds_its_fields_and_no_others() -> None:
     report = final_report(sample="text")
     assert FinalReport.model_validate_json(report.model_dump_json()) == report

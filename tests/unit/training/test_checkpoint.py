@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import string
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -14,9 +15,18 @@ import torch
 from safetensors.torch import save_file
 
 from ryzen_llm.data import TextDataModule
+from ryzen_llm.decoding import DraftHeads, HeadsConfig
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained
-from ryzen_llm.training import LanguageModule, check_resumable, load_checkpoint, newest_checkpoint
+from ryzen_llm.training import (
+    DraftHeadsModule,
+    LanguageModule,
+    OptimizerConfig,
+    check_heads_resumable,
+    check_resumable,
+    load_checkpoint,
+    newest_checkpoint,
+)
 
 Checkpoint = tuple[Path, LanguageModule]
 
@@ -65,6 +75,8 @@ def test_the_newest_is_by_step_not_by_name_or_date(checkpoint: Checkpoint) -> No
     for step in (10, 9, 100):
         shutil.copy(path, path.with_name(f"step={step}.ckpt"))
     os.utime(path.with_name("step=100.ckpt"), (0, 0))
+    for name in ("step=200-v1.ckpt", "step=.ckpt", "step=last.ckpt"):  # Lightning's, and anyone's
+        shutil.copy(path, path.with_name(name))
     assert newest_checkpoint(path.parent) == path.with_name("step=100.ckpt")
 
 
@@ -149,7 +161,12 @@ FOREIGN: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
     "another format": changed(ryzen_llm={"format": 99}),
     "no shape of the model": changed(ryzen_llm={"format": 1}),
     "an unknown field in the shape": changed(ryzen_llm={"format": 1, "model": {"colour": 3}}),
+    "a shape that is none": changed(ryzen_llm={"format": 1, "model": "tiny"}),
     "no weights": without("state_dict"),
+    "weights that are none": changed(state_dict={"model.norm.weight": 1.0}),
+    "weights in a list": changed(state_dict=[torch.zeros(2)]),
+    "data that are none": changed(TextDataModule="text"),
+    "a tokenizer that is a number": changed(TextDataModule={"tokenizer": 3}),
     "weights of another name": renamed_tensor,
     "weights of another shape": other_shape,
     "no tokenizer": without("TextDataModule"),
@@ -162,11 +179,61 @@ def test_a_checkpoint_of_other_data_classes_is_not_resumed(
 ) -> None:
     """Where in the data to go on from is not in it."""
     path, module = checkpoint
-    check_resumable(path, module.model.config, data)
+    check_resumable(path, module.model.config, data, module.optimizer_config)
     content = torch.load(path, weights_only=True)
     without("TextDataModule")(path, content)
     with pytest.raises(InputError, match="was not trained with TextDataModule; start a new run"):
-        check_resumable(path, module.model.config, data)
+        check_resumable(path, module.model.config, data, module.optimizer_config)
+
+
+def test_a_resumed_optimizer_is_the_one_before_but_its_schedule_may_change(
+    checkpoint: Checkpoint, data: TextDataModule
+) -> None:
+    """The optimizer's state brings its settings along: others in the configuration would not be used."""
+    path, module = checkpoint
+    longer = OptimizerConfig(learning_rate=0.01, schedule="wsd", decay_fraction=0.1, final_fraction=0.0)
+    check_resumable(path, module.model.config, data, longer)
+    for change in ({"learning_rate": 0.02}, {"weight_decay": 0.3}, {"beta1": 0.8}, {"beta2": 0.99}):
+        ((name, value),) = change.items()
+        other = OptimizerConfig(**{"learning_rate": 0.01, **change})
+        with pytest.raises(InputError, match=rf"optimizer\.{name} is {value}, was "):
+            check_resumable(path, module.model.config, data, other)
+
+
+def test_a_checkpoint_of_draft_heads_is_theirs_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """They are resumed where they are the same; no language model is read from it, nor they from one's."""
+    path, language = checkpoint
+    vocabulary, optimizer = torch.arange(8), OptimizerConfig(learning_rate=0.02)
+    module = DraftHeadsModule(language.model, HeadsConfig(16, 8, 2), vocabulary, optimizer)
+    content: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    heads = tmp_path / "heads" / "checkpoints" / "step=3.ckpt"
+    heads.parent.mkdir(parents=True)
+    torch.save(content, heads)
+    assert newest_checkpoint(heads.parent, "heads") == heads
+    check_heads_resumable(heads, module.heads, optimizer)
+    for other, settings, naming in (
+        (DraftHeads(HeadsConfig(16, 8, 3), vocabulary), optimizer, "drafter.depth is 3, was 2"),
+        (DraftHeads(HeadsConfig(16, 8, 2), vocabulary + 1), optimizer, "drafts other tokens"),
+        (module.heads, OptimizerConfig(), "optimizer.learning_rate is 0.001, was 0.02"),
+    ):
+        with pytest.raises(InputError, match=naming):
+            check_heads_resumable(heads, other, settings)
+    with pytest.raises(InputError, match="is of draft heads, expected one of a language model"):
+        load_checkpoint(heads)
+    with pytest.raises(InputError, match="is of draft heads, expected one of a language model"):
+        load_pretrained(heads.parent.parent)
+    with pytest.raises(InputError, match="is of a language model, expected one of draft heads"):
+        newest_checkpoint(path.parent, "heads")
+
+
+def test_any_text_is_passed_over(checkpoint: Checkpoint) -> None:
+    """To an unpickler each character is an instruction, for a stack that has nothing on it."""
+    path, _ = checkpoint
+    for character in string.printable:
+        path.with_name("step=7.ckpt").write_text(f"{character} text")
+        with pytest.warns(UserWarning, match=r"step=7\.ckpt"):
+            assert newest_checkpoint(path.parent) == path
 
 
 @pytest.mark.parametrize("kind", FOREIGN)

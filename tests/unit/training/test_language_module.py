@@ -7,6 +7,30 @@ from small_module import QUIET, build_module
 from torch._dynamo.testing import CompileCounter
 
 from ryzen_llm.data import TextDataModule
+from ryzen_llm.training import LanguageModule
+
+
+@pytest.mark.parametrize(("algorithm", "largest"), [("norm", 1e-3), ("value", 1e-3)])
+def test_gradients_are_clipped_under_bf16_autocast(
+    algorithm: str, largest: float, data: TextDataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning refuses to, for an optimizer of one kernel: by their norm and one by one."""
+    found: list[list[torch.Tensor]] = []
+    monkeypatch.setattr(
+        LanguageModule,
+        "on_before_zero_grad",
+        lambda module, _: found.append([p.grad.clone() for p in module.parameters() if p.grad is not None]),
+    )
+    settings = {"max_steps": 2, "limit_val_batches": 0, "enable_checkpointing": False, **QUIET}
+    clipped = {"gradient_clip_val": largest, "gradient_clip_algorithm": algorithm}
+    Trainer(precision="bf16-mixed", **settings, **clipped).fit(build_module(data), datamodule=data)
+    gradients = next(each for each in reversed(found) if each)
+    measured = (
+        torch.stack([g.norm() for g in gradients]).norm()
+        if algorithm == "norm"
+        else torch.stack([g.abs().max() for g in gradients]).max()
+    )
+    assert float(measured) == pytest.approx(largest, rel=1e-2)
 
 
 def test_validation_takes_the_graph_that_training_compiled(
