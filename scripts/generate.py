@@ -13,6 +13,7 @@ import torch
 from ryzen_llm.cache import CACHES
 from ryzen_llm.data import StreamDecoder, Tokenizer
 from ryzen_llm.decoding import DRAFTERS, WEIGHTS, Drafter, DraftModelDrafter, Generation, Generator
+from ryzen_llm.decoding.sampling import SEEDS
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
 from ryzen_llm.model import Transformer
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         prompts = _prompts(options)
-        if options.seed is not None and not -(2**63) <= options.seed < 2**64:
+        if options.seed is not None and options.seed not in SEEDS:
             raise InputError(f"--seed is {options.seed}, expected a number of 64 bits")
         model, tokenizer = load_pretrained(options.model)
         generator = Generator(

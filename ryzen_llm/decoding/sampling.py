@@ -10,6 +10,8 @@ from ryzen_llm.errors import InputError
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """In the place of a temperature or top_p that would be 0 in fp32, and take the last token."""
+SEEDS = range(-(2**63), 2**64)
+"""Those that PyTorch takes."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,6 @@ def seed_generator(rng: torch.Generator, seed: int | None) -> int:
     """Seed `rng`, for None with a new one; the seed. Raises InputError for one that PyTorch cannot take."""
     if seed is None:
         return rng.seed()
-    if not -(2**63) <= seed < 2**64:
+    if seed not in SEEDS:
         raise InputError(f"seed is {seed}, expected a number of 64 bits")
     return rng.manual_seed(seed).initial_seed()
