@@ -73,7 +73,7 @@ def _in_words(found: Perplexity, dtype: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # line ends as they are
     except OSError as error:
         raise InputError(f"--data {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

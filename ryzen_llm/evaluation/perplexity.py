@@ -16,6 +16,8 @@ from ryzen_llm.model import Transformer
 _USUAL_CONTEXT = 2048
 _TOKENS_AT_A_TIME = 4096
 _NOT_SCORED = -100
+_MOST_NATS = 700.0
+"""Beyond it `math.exp` overflows."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def measure_perplexity(
         stride: From window to window, at most `context`; if not given, `context`, which is disjoint windows.
         on_progress: Called with the windows done and all of them.
 
-    Raises InputError for a context or stride out of range, a text too short, and ids beyond the model's.
+    Raises InputError for a context or stride out of range, a text too short, ids beyond the model's, and a
+    loss that is no number or too large for a perplexity.
     """
     most = model.config.max_position_embeddings
     context = min(most, _USUAL_CONTEXT) if context is None else context
@@ -81,7 +84,7 @@ def measure_perplexity(
     if not 1 <= stride <= context:
         raise InputError(f"stride is {stride}, expected 1 to the context, {context}")
     ids = tokenizer.encode_prompt(text)
-    begins = len(ids) > len(tokenizer.encode(text))
+    begins = ids[:1] != tokenizer.encode(text)[:1]
     if len(ids) < 2:
         raise InputError("the text is too short: a token to predict and one before it are needed")
     if max(ids) >= model.config.vocab_size:
@@ -101,6 +104,11 @@ def measure_perplexity(
         if on_progress is not None:
             on_progress(done, count)
     scored = len(ids) - 1
+    if not nats / scored < _MOST_NATS:
+        raise InputError(
+            f"the model's loss is {nats / scored:.1f} nats a token, expected less than {_MOST_NATS:.0f}: its "
+            "weights are damaged, or too large for their dtype"
+        )
     num_bytes = len(text.encode()) - (0 if begins else _bytes_of_first(tokenizer, ids))
     return Perplexity(
         perplexity=math.exp(nats / scored),

@@ -93,6 +93,8 @@ def render_chat(
             messages=list(messages),
             bos_token=special.bos or "",
             eos_token=special.eos or "",
+            tools=None,  # which is not undefined, as in transformers
+            documents=None,
             add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # a program can raise any, MemoryError among them

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def export_pretrained(
             os.replace(building, directory)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{directory}: cannot be written ({error})") from error
     return directory
 

@@ -139,7 +139,13 @@ def _read_config(file: GGUFFile, architecture: str, where: str) -> ModelConfig:
         "qk_norm": architecture in ("qwen3", "gemma3"),
     }
     if architecture == "gemma3":
-        sliding = tuple(i for i in range(num_layers) if (i + 1) % _GEMMA_PATTERN)
+        pattern = fields.whole("attention.sliding_window_pattern", _GEMMA_PATTERN)
+        if pattern < 1:
+            raise InputError(
+                f"{fields.where}: attention.sliding_window_pattern is {pattern}, expected 1 or more"
+            )
+        sliding = tuple(i for i in range(num_layers) if (i + 1) % pattern)
+        local_theta = fields.number("rope.freq_base_swa", _GEMMA_LOCAL_THETA)
         window = fields.whole("attention.sliding_window", 0)
         large = num_layers == _GEMMA_27B_LAYERS
         shape |= {
@@ -149,8 +155,9 @@ def _read_config(file: GGUFFile, architecture: str, where: str) -> ModelConfig:
             "query_pre_attn_scalar": hidden_size // max(num_heads, 1) if large else head_dim,
             "sliding_window": window,
             "sliding_layers": sliding if window else (),
-            "local_rope_theta": _GEMMA_LOCAL_THETA if window else 0.0,
+            "local_rope_theta": local_theta if window else 0.0,
         }
+    fields.only("attention.causal", True)
     fields.ignore("rope.scaling.finetuned")
     fields.finish()
     try:
@@ -162,7 +169,7 @@ def _read_config(file: GGUFFile, architecture: str, where: str) -> ModelConfig:
 
 
 def _scaling(fields: Fields) -> RopeScaling | None:
-    kind = fields.text("rope.scaling.type", "none")
+    kind = fields.text("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise InputError(
             f"{fields.where}: rope.scaling.type {kind[:60]!r} is not supported, expected none, linear or yarn"
@@ -170,11 +177,12 @@ def _scaling(fields: Fields) -> RopeScaling | None:
     factor = fields.number("rope.scaling.factor", 1.0)
     original = fields.whole("rope.scaling.original_context_length", 0)
     fields.only("rope.scaling.attn_factor", 1.0)
+    fields.only("rope.scaling.yarn_ext_factor", 1.0)
     ramp = {
         name: fields.number(f"rope.scaling.yarn_{name}", default)
         for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
     }
-    if kind == "none" or factor == 1.0:
+    if kind == "none" or factor in (0.0, 1.0):
         return None
     try:
         if kind == "linear":

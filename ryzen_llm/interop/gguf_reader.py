@@ -41,7 +41,7 @@ class TensorInfo:
 class GGUFFile:
     """A GGUF file of version 2 or 3, little-endian.
 
-    Raises InputError for a file that is none, is truncated, or claims what does not fit in it.
+    Raises InputError for a file that cannot be read, is none or truncated, or claims what does not fit in it.
 
     Attributes:
         metadata: Keys and values; arrays are lists.
@@ -56,9 +56,12 @@ class GGUFFile:
                 f"{path}: reading GGUF needs the gguf package: pip install 'ryzen-llm[pretrained]'"
             ) from error
         self.path = path
-        if path.stat().st_size < 24:
-            raise InputError(f"{path}: truncated or no GGUF file")
-        self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+        try:
+            if path.stat().st_size < 24:
+                raise InputError(f"{path}: truncated or no GGUF file")
+            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         self._position = 0
         if bytes(self._bytes[:4]) != b"GGUF":
             raise InputError(f"{path}: no GGUF file, it does not begin with GGUF")

@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"rope_theta": 1000000.0, "tie": True, "num_kv_heads": 4, "head_dim": 256},
 }
 _MOST_LAYERS = 1000
-_GEMMA_LOCAL_THETA = 10000.0
+_GEMMA_LOCAL_THETA, _GEMMA_WINDOW = 10000.0, 4096
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 # These change nothing that the model computes from token ids at inference.
 _WITHOUT_EFFECT = (
@@ -47,6 +47,7 @@ _WITHOUT_EFFECT = (
     "model_type",
     "pad_token_id",
     "pretraining_tp",
+    "return_dict",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
@@ -107,6 +108,7 @@ def parse_config(values: Mapping[str, Any], where: str = "config.json") -> Model
     if model_type in ("llama", "smollm3"):
         fields.only("mlp_bias", False)
     fields.only("rope_interleaved", False)
+    fields.only("is_causal", True)
     if gemma:
         shape |= {
             "post_norms": True,
@@ -212,8 +214,8 @@ def _sliding(fields: Fields, model_type: str, num_layers: int, nope: tuple[int, 
     if model_type == "mistral":
         return {"sliding_window": window, "sliding_layers": tuple(range(num_layers))} if window else {}
     if model_type == "gemma3_text":
-        old_pattern = fields.whole("sliding_window_pattern", 6)
-        pattern = fields.whole("_sliding_window_pattern", old_pattern)
+        fields.ignore("_sliding_window_pattern")  # transformers writes it, and never reads it
+        pattern = fields.whole("sliding_window_pattern", 6)
         if pattern < 1:
             raise InputError(f"{fields.where}: sliding_window_pattern is {pattern}, expected 1 or more")
         sliding = [i for i in range(num_layers) if (i + 1) % pattern]
@@ -289,6 +291,7 @@ def _as(model_type: str, config: ModelConfig) -> dict[str, Any]:
     if gemma:
         values["query_pre_attn_scalar"] = config.query_pre_attn_scalar
         values["rope_local_base_freq"] = config.local_rope_theta or config.rope_theta
+        values["sliding_window"] = config.sliding_window or _GEMMA_WINDOW  # asked for also where none slides
     return values
 
 

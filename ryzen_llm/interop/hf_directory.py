@@ -26,7 +26,9 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 _DTYPES = ("F32", "F16", "BF16", "F64")
-_TIED_HEAD = "lm_head.weight"
+_ROPE_FREQUENCIES = ".rotary_emb.inv_freq"
+"""What old files hold besides the weights, in every layer: transformers computes it, and so do we."""
+_EMBEDDING, _TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class SafetensorsFiles:
@@ -47,13 +49,21 @@ class SafetensorsFiles:
                 self._list_tensors(path, dtypes)
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path}: truncated or no safetensors file ({error})") from error
-        if tied:  # some files hold the embedding a second time
-            self.shapes.pop(_TIED_HEAD, None)
+        if tied and self.shapes.pop(_TIED_HEAD, None) is not None and _EMBEDDING in self.shapes:
+            # Some files hold the embedding a second time.
+            head, embedding = self.read(_TIED_HEAD), self.read(_EMBEDDING)
+            if not torch.equal(head.to(embedding.dtype), embedding):
+                raise InputError(
+                    f"{directory}: {_TIED_HEAD} is not the embedding that {CONFIG} ties it to: take it out, "
+                    "or set tie_word_embeddings to false if the model has a head of its own"
+                )
 
     def _list_tensors(self, path: Path, dtypes: tuple[str, ...] | None) -> None:
         file: Any
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name.endswith(_ROPE_FREQUENCIES):
+                    continue
                 piece = file.get_slice(name)
                 if dtypes is not None and piece.get_dtype() not in dtypes:
                     raise InputError(
@@ -105,14 +115,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """The one file, or those that the index names, which have to lie in the directory itself."""
+    """The one file, which goes before an index as in transformers, or those that the index names, which have
+    to lie in the directory itself.
+    """
     index = directory / INDEX
-    if not index.is_file():
-        if not (directory / WEIGHTS).is_file():
-            pickled = sorted(path.name for path in directory.glob("*.bin"))
-            hint = f": {pickled[0]} is a pickle, which is never read" if pickled else ""
-            raise InputError(f"{directory}: has no {WEIGHTS} and no {INDEX}{hint}; expected one of them")
+    if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
+    if not index.is_file():
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f": {pickled[0]} is a pickle, which is never read" if pickled else ""
+        raise InputError(f"{directory}: has no {WEIGHTS} and no {INDEX}{hint}; expected one of them")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise InputError(f"{index}: weight_map is not a mapping of tensors to file names")

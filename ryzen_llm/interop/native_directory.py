@@ -50,7 +50,8 @@ def parse_native(values: Mapping[str, Any], where: str) -> ModelConfig:
 def load_native(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -> Transformer:
     """The model (on the CPU, in eval mode) with the weights of `source` in `dtype`; codes stay as they are.
 
-    Raises InputError that lists the tensors that are missing, not expected or of another shape.
+    Raises InputError that lists the tensors that are missing, not expected or of another shape, and for one
+    of another kind of dtype or with codes that do not fit.
     """
     state = model_without_memory(config, source.where).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -58,5 +59,13 @@ def load_native(config: ModelConfig, source: TensorSource, dtype: torch.dtype) -
     model = Transformer(config).to(dtype)
     with torch.no_grad():
         for name, place in model.state_dict().items():
-            place.copy_(source.read(name))
+            tensor = source.read(name)
+            if tensor.dtype != place.dtype and not (tensor.is_floating_point() and place.is_floating_point()):
+                found, wanted = (str(t.dtype).removeprefix("torch.") for t in (tensor, place))
+                raise InputError(f"{source.where}: {name} is of dtype {found}, expected {wanted}")
+            place.copy_(tensor)
+    try:
+        model.embedding.check_loaded()
+    except InputError as error:
+        raise InputError(f"{source.where}: {error}") from error
     return model.eval()

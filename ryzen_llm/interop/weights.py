@@ -48,7 +48,8 @@ def load_weights(config: ModelConfig, source: TensorSource, dtype: torch.dtype) 
     with torch.no_grad():
         for name, place, is_norm in _places(model):
             tensor = source.read(name)
-            place.copy_(tensor + source.norm_offset if is_norm and source.norm_offset else tensor)
+            # In fp32: bf16 holds the weight less one, and not always the weight.
+            place.copy_(tensor.float() + source.norm_offset if is_norm and source.norm_offset else tensor)
     return model.eval()
 
 
@@ -65,7 +66,7 @@ def model_without_memory(config: ModelConfig, where: str) -> Transformer:
 def weights_of(model: Transformer, norm_offset: float) -> Iterator[tuple[str, Tensor]]:
     """The weights under transformers' names, the embedding densified; the inverse of `load_weights`."""
     for name, place, is_norm in _places(model):
-        yield name, place - norm_offset if is_norm and norm_offset else place
+        yield name, place.float() - norm_offset if is_norm and norm_offset else place
 
 
 def _places(model: Transformer) -> Iterator[tuple[str, Tensor, bool]]:

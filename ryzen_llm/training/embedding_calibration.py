@@ -49,7 +49,7 @@ def calibrate(
     The gradients are those of targets drawn from the model's own predictions, so that their second moment is
     the Fisher matrix (Kunstner et al. 2019, arXiv:1905.12558). `input_ids` is (batch, time) int64. So is
     `more_text`, of which tokens are counted only: that takes no pass, and a longer text knows more of them.
-    Raises InputError for a text that cannot work or an untied model.
+    Raises InputError for a text that cannot work, an untied model and one that is damaged.
     """
     config = model.config
     check_text(input_ids, config.vocab_size, "calibration")
@@ -57,6 +57,11 @@ def calibrate(
     check_text(counted[None], config.vocab_size, "more_text")
     if model.head is not None:
         raise InputError("the model's output head is not tied to its embedding: there is nothing to compress")
+    if input_ids.shape[1] > config.max_position_embeddings:
+        raise InputError(
+            f"calibration has rows of {input_ids.shape[1]} tokens, expected at most the model's longest "
+            f"sequence, {config.max_position_embeddings}"
+        )
     device = next(model.parameters()).device
     draw = torch.Generator(device).manual_seed(seed)
     size, embedding = config.hidden_size, model.embedding
@@ -73,9 +78,11 @@ def calibrate(
         for part in torch.split(torch.arange(len(flat), device=device), 256):
             with torch.no_grad():
                 p = embedding.logits(flat[part]).float().softmax(-1)
+                weights = 1 - p.square().sum(-1, keepdim=True)
+                if not weights.isfinite().all():
+                    raise InputError("calibration is not finite: the text or the model is damaged")
                 drawn = torch.multinomial(p, 1, generator=draw)
                 predicted += (p * (1 - p)).sum(0)
-                weights = 1 - p.square().sum(-1, keepdim=True)
                 head += (flat[part].float() * weights).T @ flat[part].float()
                 p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
             with torch.enable_grad():

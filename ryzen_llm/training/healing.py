@@ -43,6 +43,10 @@ class HealingModule(ScheduledModule):
         if not any(p.requires_grad for p in embedding.parameters()):
             raise InputError(f"this {embedding.kind} embedding has nothing to train: give its trainable form")
 
+    def on_fit_start(self) -> None:
+        """The teacher goes where Lightning has put the blocks that both share."""
+        self._teacher[0].to(self.device)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean KL divergence of the student's from the teacher's predictions, fp32."""
         with torch.no_grad():
@@ -103,14 +107,16 @@ def heal(
         "enable_model_summary": False,
     }
     trained = [p.requires_grad for p in teacher.blocks.parameters()]
+    device = teacher.norm.weight.device
     try:
         teacher.blocks.requires_grad_(False)
         pl.Trainer(max_steps=steps, max_epochs=-1, callbacks=callbacks, **settings | trainer).fit(
             module, loader
         )
     finally:  # the blocks are the caller's
+        teacher.to(device)
         for parameter, before in zip(teacher.blocks.parameters(), trained, strict=True):
             parameter.requires_grad_(before)
     healed = with_embedding(teacher, module.model.embedding.compressed().to(torch.bfloat16))
-    healed.norm = module.model.norm
+    healed.norm = module.model.norm.to(device)
     return healed.eval()

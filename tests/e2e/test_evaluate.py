@@ -53,6 +53,18 @@ def test_it_prints_the_figure_and_how_it_was_measured(
         assert part in shown
 
 
+def test_line_ends_are_scored_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = TEXT.replace("\n", "\r\n")
+    (folder / "windows.txt").write_bytes(text.encode())
+    assert load_script("evaluate").main(arguments(folder, "windows.txt", "--json")) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = measure_perplexity(*load_pretrained(folder / "model"), text)
+    assert (printed["scored_tokens"], printed["loss"]) == (
+        expected.scored_tokens,
+        pytest.approx(expected.loss),
+    )
+
+
 def test_half_precision_is_another_figure_close_by(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = load_script("evaluate").main
     figures = []

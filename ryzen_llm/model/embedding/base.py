@@ -61,6 +61,9 @@ class Embedding(nn.Module, ABC):
         """The form to keep and to decode with: a smaller one where training needs more, else this one."""
         return self
 
+    def check_loaded(self) -> None:
+        """Raise InputError where codes or positions, loaded from a file, point at what is not there."""
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """The (vocab_size, hidden_size) matrix that this embedding stands for; allocates it."""

@@ -147,7 +147,13 @@ class ProductEmbedding(CompressedEmbedding):
         with torch.no_grad():
             made.codebooks.copy_(self.codebooks)
             made.codes.copy_(self._codes(self.weight))
-        return made.to(self.codebooks.device)
+        return made.to(self.codebooks.device, self.codebooks.dtype)
+
+    def check_loaded(self) -> None:
+        """See `Embedding.check_loaded`."""
+        entries = self.codebooks.shape[2]
+        if self.weight is None and int(self.codes.max()) >= entries:
+            raise InputError(f"embedding.codes reach {int(self.codes.max())}, expected less than {entries}")
 
     def _codes(self, values: Tensor) -> Tensor:
         """The nearest entries, stage by stage, of `values` (rows, hidden_size): (stages, rows, vectors)."""

@@ -201,7 +201,8 @@ class QuantizedEmbedding(CompressedEmbedding):
                 values = torch.where(mine[:, None], found + self.centre[i], values)
         if self._rounds:
             values = self._rotated_back(values)
-        return values.view(*input_ids.shape, self.hidden_size)
+        # What is rounded as it is used is in fp32, the rest of the model may be in bf16.
+        return values.view(*input_ids.shape, self.hidden_size).to(self.centre.dtype)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """See `Embedding.logits`."""
@@ -242,6 +243,15 @@ class QuantizedEmbedding(CompressedEmbedding):
         rounded = copy.deepcopy(self)
         rounded._begin_rounding()
         return rounded._packed()
+
+    def check_loaded(self) -> None:
+        """See `Embedding.check_loaded`."""
+        if self.position is not None:
+            order = self.position.long().sort().values
+            if not torch.equal(order, torch.arange(self.vocab_size, device=order.device)):
+                raise InputError(f"embedding.position is no order of {self.vocab_size} rows")
+        if self.signs is not None and not bool((self.signs.abs() == 1).all()):
+            raise InputError("embedding.signs are not all 1 or -1")
 
     @torch.no_grad()
     def _begin_rounding(self) -> None:
@@ -335,7 +345,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         for i, (start, stop, bits) in enumerate(self._spans):
             codes = to_codes(weight[start:stop], scales[start:stop], bits)
             made._set_tier(i, pack(codes, bits), scales[start:stop])
-        return made.to(self.weight.device)
+        return made.to(self.weight.device, self.weight.dtype)
 
 
 def _fit_scales(module: nn.Module, prefix: str, keep_vars: bool) -> None:

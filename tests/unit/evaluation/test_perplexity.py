@@ -84,6 +84,21 @@ def test_what_the_tokenizer_puts_before_a_text_is_there_and_not_scored(
     )
 
 
+def test_what_the_tokenizer_puts_after_a_text_is_not_put_before_it(
+    models: tuple[Transformer, Any, Tokenizer],
+) -> None:
+    backend = small_tokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    found = measure_perplexity(models[0], Tokenizer(backend), TEXT, context=50)
+    assert (found.beginning, found.scored_tokens) == (None, len(small_tokenizer().encode(TEXT).ids))
+    unscored = len(small_tokenizer().decode(small_tokenizer().encode(TEXT).ids[:1]).encode())
+    assert found.bits_per_byte == pytest.approx(
+        found.loss * found.scored_tokens / math.log(2) / (len(TEXT.encode()) - unscored)
+    )
+
+
 @pytest.mark.parametrize("text", ["日本", "🙂x", "abc", "ïz", "日", "\ufffdab", "本\ufffdx"])
 def test_the_first_token_counts_as_the_bytes_that_it_is_of(text: str) -> None:
     """Where it is part of a character, too. In byte-level BPE a token has a sign for each of its bytes."""
@@ -110,6 +125,17 @@ def test_every_token_but_the_first_is_scored_once_with_enough_before_it(
                 assert position + 1 >= min(token, context - stride + 1)
                 scored.append(token)
     assert scored == list(range(1, length))
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e36, math.nan])
+def test_a_loss_that_has_no_perplexity_is_refused(factor: float, tmp_path: Path) -> None:
+    """Too large for an exponential, infinite, or none."""
+    save("llama", tmp_path)
+    model, tokenizer = load_pretrained(tmp_path)
+    with torch.no_grad():
+        model.head.weight *= factor  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"the model's loss is (\d+\.\d|inf|nan) nats a token"):
+        measure_perplexity(model, tokenizer, TEXT)
 
 
 @pytest.mark.parametrize(

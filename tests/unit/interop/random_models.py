@@ -44,6 +44,10 @@ GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 40000.0, "factor": 8.0},
 }
+GEMMA_LOCAL_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 40000.0},
+}
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 WINDOW = {"use_sliding_window": True, "sliding_window": 9, "layer_types": LAYERS}
 
@@ -78,6 +82,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 8,
             "layer_types": LAYERS,
             "rope_parameters": GEMMA_ROPE,
+        },
+    ),
+    "gemma3 with a local rope of its own": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 8,
+            "layer_types": LAYERS,
+            "rope_parameters": GEMMA_LOCAL_ROPE,
         },
     ),
     "gemma3 of 7 layers": (

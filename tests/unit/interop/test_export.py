@@ -1,6 +1,8 @@
 """What is exported is what transformers computes with, and what comes back in."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 import transformers
 from random_models import TEMPLATE, random_ids, save
+from safetensors.torch import load_file, save_file
 
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import export_pretrained, load_pretrained
@@ -100,11 +103,49 @@ def test_nothing_is_written_over_and_nothing_is_left_half_written(
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("ryzen_llm.interop.export.save_file", fail)
     before = set(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"cannot be written .disk full"):
-        export_pretrained(model, tokenizer, out)
+    with monkeypatch.context() as patched:
+        patched.setattr("ryzen_llm.interop.export.save_file", fail)
+        with pytest.raises(InputError, match=r"cannot be written .disk full"):
+            export_pretrained(model, tokenizer, out)
     assert set(tmp_path.iterdir()) == before
+
+    most, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # safetensors has an error of its own
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most[1]))
+        with pytest.raises(InputError, match=r"cannot be written .*File too large"):
+            export_pretrained(model, tokenizer, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_gemma_without_windows_is_one_that_transformers_runs(directory: Path, tmp_path: Path) -> None:
+    """Which wants a window in config.json, also where no layer has one."""
+    _, tokenizer = load_pretrained(directory)
+    gemma = {"qk_norm": True, "post_norms": True, "scale_embeddings": True, "activation": "gelu_tanh"}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SHAPE, **gemma)).eval()
+    exported = export_pretrained(model, tokenizer, tmp_path / "out")
+    assert same(load_pretrained(exported)[0], model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+
+
+def test_gemmas_norms_in_bf16_are_exported_exactly(directory: Path, tmp_path: Path) -> None:
+    """Less one, they need more than bf16."""
+    _, tokenizer = load_pretrained(directory)
+    model = Transformer(
+        ModelConfig(**SHAPE, qk_norm=True, post_norms=True, scale_embeddings=True, activation="gelu_tanh")
+    )
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.01, 0.2)
+    model.to(torch.bfloat16)
+    again, _ = load_pretrained(export_pretrained(model, tokenizer, tmp_path / "out"))
+    torch.testing.assert_close(again.norm.weight, model.norm.weight.float(), atol=1e-7, rtol=0)
 
 
 def test_a_combination_that_no_architecture_has_is_refused(directory: Path, tmp_path: Path) -> None:
@@ -193,5 +234,41 @@ def test_a_compressed_directory_that_lies_is_refused(
     values = json.loads((exported / "config.json").read_text())
     values["model"] |= change
     (exported / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        load_pretrained(exported)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "harm", "message"),
+    [
+        ("product", "codes", lambda codes: codes + 200, "codes reach 215, expected less than 16"),
+        (
+            "product",
+            "codes",
+            lambda codes: codes.float() + 0.5,
+            "embedding.codes is of dtype float32, expected",
+        ),
+        ("quantized", "position", lambda order: order + 1, "position is no order of 300 rows"),
+        ("quantized", "position", lambda order: order * 0, "position is no order of 300 rows"),
+        ("quantized", "signs", lambda signs: signs * 3, "signs are not all 1 or -1"),
+        ("quantized", "scale_0", lambda scale: scale.int(), "embedding.scale_0 is of dtype int32, expected"),
+    ],
+)
+def test_a_compressed_embedding_that_is_damaged_is_refused(
+    kind: str, name: str, harm: Any, message: str, directory: Path, tmp_path: Path
+) -> None:
+    _, tokenizer = load_pretrained(directory)
+    settings: dict[str, Any] = {"width": 4, "entries": 16, "packed": True}
+    if kind == "quantized":
+        settings = {"bits": [[100, 4], [200, 2]], "reordered": True, "packed": True}
+    model = Transformer(ModelConfig(**SHAPE, embedding=kind, embedding_settings=settings))
+    if kind == "product":
+        model.embedding.get_buffer("codes").fill_(15)
+    exported = export_pretrained(model, tokenizer, tmp_path / "out", densify=False)
+    load_pretrained(exported)
+    weights = load_file(exported / "model.safetensors")
+    harmed = harm(weights[f"embedding.{name}"].to(torch.int32 if name == "position" else None))
+    weights[f"embedding.{name}"] = harmed.to(torch.uint16) if name == "position" else harmed
+    save_file(weights, exported / "model.safetensors")
     with pytest.raises(InputError, match=message):
         load_pretrained(exported)

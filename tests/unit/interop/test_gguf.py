@@ -17,6 +17,7 @@ from ryzen_llm.interop.gguf_reader import GGUFFile
 from ryzen_llm.interop.gguf_tokenizer import read_tokenizer
 
 STRING, FLOAT, UINT = gguf.GGUFValueType.STRING, gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.UINT32
+BOOL = gguf.GGUFValueType.BOOL
 YARN = {
     "llama.rope.scaling.type": ("yarn", STRING),
     "llama.rope.scaling.factor": (4.0, FLOAT),
@@ -50,6 +51,22 @@ def test_linear_rope_scaling_is_read(tmp_path: Path) -> None:
     scaling = {"llama.rope.scaling.type": ("linear", STRING), "llama.rope.scaling.factor": (2.0, FLOAT)}
     path = tmp_path / "m.gguf"
     check(path, write_gguf(path, "llama with linear rope", "llama", metadata=scaling))
+
+
+def test_a_rope_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    scaling = {"llama.rope.scaling.factor": (2.0, FLOAT)}
+    check(path, write_gguf(path, "llama with linear rope", "llama", metadata=scaling))
+
+
+def test_gemmas_local_rope_and_pattern_are_read(tmp_path: Path) -> None:
+    """Newer converters write them, older files leave them to the architecture."""
+    path = tmp_path / "m.gguf"
+    written = {
+        "gemma3.rope.freq_base_swa": (300.0, FLOAT),
+        "gemma3.attention.sliding_window_pattern": (2, UINT),
+    }
+    check(path, write_gguf(path, "gemma3 with a local rope of its own", "gemma3", metadata=written))
 
 
 def test_yarn_rope_scaling_is_read(tmp_path: Path) -> None:
@@ -116,8 +133,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a kind of rope": ("llama", {"llama.rope.scaling.type": ("longrope", STRING)}, "'longrope'"),
     "yarn with an amplitude": ("llama", YARN | {"llama.rope.scaling.attn_factor": (2.0, FLOAT)}, "attn_"),
     "a partial rope": ("llama", {"llama.rope.dimension_count": (4, UINT)}, "dimension_count = 4"),
+    "attention to what follows": ("llama", {"llama.attention.causal": (False, BOOL)}, "causal = False"),
+    "yarn switched off": (
+        "llama",
+        YARN | {"llama.rope.scaling.yarn_ext_factor": (0.0, FLOAT)},
+        "yarn_ext_factor = 0.0",
+    ),
     "another vocabulary": ("llama", {"llama.vocab_size": (7, UINT)}, "vocab_size = 7"),
     "softcapping": ("gemma3", {"gemma3.final_logit_softcapping": (30.0, FLOAT)}, "softcapping"),
+    "no pattern": (
+        "gemma3",
+        {"gemma3.attention.sliding_window_pattern": (0, UINT)},
+        "sliding_window_pattern is 0, expected 1 or more",
+    ),
     "tensors of another architecture": ("qwen2", {}, "9 missing: model.layers.0.self_attn.k_proj.bias"),
 }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from random_models import TEMPLATE, random_ids, save
 from safetensors.torch import load_file, save_file
 
@@ -48,6 +49,16 @@ def test_half_precision_is_read_exactly(directory: Path, dtype: torch.dtype) -> 
     assert torch.equal(model.embedding.get_parameter("weight"), weights["model.embed_tokens.weight"].float())
 
 
+def test_gemmas_norms_in_half_precision_lose_nothing(tmp_path: Path) -> None:
+    """They are stored less one, which bf16 could not hold beside small weights."""
+    save("gemma3", tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model, _ = load_pretrained(tmp_path)
+    ids = random_ids(2, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=2e-5, rtol=1e-5)
+
+
 def test_shards_give_the_same_model_as_one_file(directory: Path, tmp_path: Path) -> None:
     save("llama", tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
@@ -65,6 +76,57 @@ def test_a_tied_head_saved_a_second_time_is_no_surprise(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     model, _ = load_pretrained(tmp_path)
     assert model.head is None
+
+
+def test_rope_frequencies_in_old_files_are_passed_over(directory: Path) -> None:
+    """Llama 2's early conversions have them in every layer."""
+    expected, _ = load_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    for layer in range(expected.config.num_layers):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    save_file(weights, directory / "model.safetensors")
+    model, _ = load_pretrained(directory)
+    with torch.no_grad():
+        torch.testing.assert_close(model(random_ids(1, 9)), expected(random_ids(1, 9)), atol=0, rtol=0)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(tmp_path: Path) -> None:
+    """transformers 5 computes with both of them, those before it with the embedding."""
+    save("llama tied, as SmolLM2", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head.weight is not the embedding that config.json ties it to"):
+        load_pretrained(tmp_path)
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 missing: model.embed_tokens.weight"):
+        load_pretrained(tmp_path)
+
+
+def test_of_one_file_and_an_index_transformers_takes_the_file_and_so_do_we(directory: Path) -> None:
+    """An index is left over where a model of several files was trained on and saved in one."""
+    weights = load_file(directory / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, directory / "old.safetensors")
+    index = {"weight_map": dict.fromkeys(weights, "old.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model, _ = load_pretrained(directory)
+    with torch.no_grad():
+        torch.testing.assert_close(model(random_ids(1, 9)), theirs(random_ids(1, 9)).logits)
+
+
+@pytest.mark.parametrize("name", ["sliding_window_pattern", "_sliding_window_pattern"])
+def test_gemmas_pattern_is_read_by_the_name_that_transformers_reads(name: str, tmp_path: Path) -> None:
+    """It writes the second name, and never reads it."""
+    save("gemma3 of 7 layers", tmp_path)
+    edit(tmp_path / "config.json", **{"layer_types": ..., "_sliding_window_pattern": 6} | {name: 2})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model, _ = load_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(random_ids(1, 40)), theirs(random_ids(1, 40)).logits, atol=2e-5, rtol=1e-5
+        )
 
 
 def test_what_transformers_wrote_before_its_fifth_version_reads_the_same(tmp_path: Path) -> None:
@@ -91,6 +153,7 @@ def test_the_published_config_of_smollm2_is_understood(directory: Path) -> None:
         rope_scaling=None,
         pretraining_tp=1,
         torch_dtype="bfloat16",
+        return_dict=True,  # not SmolLM2's, but of others of its time
         **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
     )
     load_pretrained(directory)
@@ -126,6 +189,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown option": ({"logit_scale": 0.5}, "'logit_scale' = 0.5 is not a known option"),
     "experts": ({"num_local_experts": 8}, "'num_local_experts'"),
     "softcapping": ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping'"),
+    "attention to what follows": ({"is_causal": False}, "is_causal = False is not supported"),
     "a window in llama": ({"sliding_window": 4096}, "'sliding_window'"),
     "a text for a number": ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number"),
     "true for a number": ({"num_hidden_layers": True}, "num_hidden_layers is True"),
@@ -191,7 +255,7 @@ def test_a_directory_without_tokenizer_says_how_to_get_one(directory: Path) -> N
     ["../llama/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "a\0.safetensors", "x.bin"],
 )
 def test_shards_are_of_the_directory_itself(directory: Path, name: str) -> None:
-    shutil.copy(directory / "model.safetensors", directory.parent / "model.safetensors")
+    (directory / "model.safetensors").rename(directory.parent / "model.safetensors")
     index = {"weight_map": {"model.norm.weight": name}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=r"expected a .safetensors file of the same directory"):
@@ -200,7 +264,8 @@ def test_shards_are_of_the_directory_itself(directory: Path, name: str) -> None:
 
 def test_a_tensor_in_two_shards_is_refused(directory: Path) -> None:
     shutil.copy(directory / "model.safetensors", directory / "again.safetensors")
-    index = {"weight_map": {"a": "model.safetensors", "b": "again.safetensors"}}
+    (directory / "model.safetensors").rename(directory / "once.safetensors")
+    index = {"weight_map": {"a": "once.safetensors", "b": "again.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="is in another file of the model too"):
         load_pretrained(directory)

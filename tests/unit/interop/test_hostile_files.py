@@ -198,6 +198,15 @@ def test_absurd_gguf_counts_are_refused_at_once(
     assert "truncated" in (attempt(tmp_path / "m.gguf") or "")
 
 
+def test_a_gguf_file_that_may_not_be_read_is_one_error(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:  # chmod does not stop root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("numpy.memmap", refuse)
+    with pytest.raises(InputError, match=r"m.gguf: cannot be read \(Permission denied\)"):
+        load_pretrained(sound / "m.gguf")
+
+
 def test_gguf_tensors_that_share_bytes_are_refused(sound: Path, tmp_path: Path) -> None:
     """Otherwise a small file could hold a large model, all of it the same bytes."""
     content = bytearray((sound / "m.gguf").read_bytes())
@@ -325,6 +334,7 @@ def test_the_templates_of_real_models_render_as_in_transformers(tokenizer: Token
         "{%- set said = 'no' -%}\n{%- for m in messages -%}\n  {%- generation -%}\n"
         "  {%- set said = 'yes' -%}\n  {{ m.content ~ loop.index }}\n  {%- endgeneration -%}\n"
         "{%- endfor -%}{{ said }}"
+        "{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}{{ eos_token }}"
     )
     messages = [{"role": "system", "content": " be <brief> 'é' "}, {"role": "user", "content": "hi\n"}]

@@ -18,7 +18,8 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.interop import export_pretrained, load_pretrained
 from ryzen_llm.model import ModelConfig, Transformer
 from ryzen_llm.model.embedding import QuantizedEmbedding, allocate_bits
-from ryzen_llm.training import EmbeddingCompressor, calibrate, heal, measure
+from ryzen_llm.training import EmbeddingCompressor, OptimizerConfig, calibrate, heal, measure
+from ryzen_llm.training.healing import HealingModule
 
 ROOT = Path(__file__).parents[3]
 SHAPE: dict[str, Any] = {
@@ -172,6 +173,17 @@ def test_healing_brings_the_divergence_down_and_trains_nothing_but_embedding_and
     assert TrainingMetricsReport.model_validate_json(report.read_text()).epochs
 
 
+def test_the_teacher_is_where_lightning_has_put_the_blocks_that_it_shares(
+    compressor: EmbeddingCompressor, model: Transformer
+) -> None:
+    """No accelerator is needed to see it: the meta device is another one than the CPU, too."""
+    teacher = copy.deepcopy(model)
+    trainable = QuantizedEmbedding.trainable_from_dense(compressor.weight, compressor.calibration, bits=4)
+    module = HealingModule(teacher, trainable, OptimizerConfig()).to("meta")
+    module.on_fit_start()
+    assert {tensor.device.type for tensor in teacher.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
@@ -180,6 +192,10 @@ def test_healing_brings_the_divergence_down_and_trains_nothing_but_embedding_and
         (torch.zeros(4, 8), "float32, expected token ids"),
         (torch.full((4, 8), 64), "ids from 64 to 64, expected 0 to 63"),
         (torch.zeros(1, 32, dtype=torch.int64), "has one row, expected two or more"),
+        (
+            torch.zeros(4, 65, dtype=torch.int64),
+            "rows of 65 tokens, expected at most the model's longest .*, 64",
+        ),
     ],
 )
 def test_calibration_text_that_cannot_work_is_refused(
@@ -187,6 +203,15 @@ def test_calibration_text_that_cannot_work_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         EmbeddingCompressor(model, ids)
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "blocks.0.mlp.down_proj.weight"])
+def test_a_damaged_model_is_refused(name: str, model: Transformer, text: torch.Tensor) -> None:
+    damaged = copy.deepcopy(model)
+    with torch.no_grad():
+        damaged.get_parameter(name)[3, 4] = math.nan
+    with pytest.raises(InputError, match="calibration is not finite: the text or the model is damaged"):
+        EmbeddingCompressor(damaged, text)
 
 
 def test_models_and_budgets_that_cannot_work_are_refused(

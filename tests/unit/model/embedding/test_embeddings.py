@@ -130,6 +130,25 @@ def test_packing_changes_nothing(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_model_in_another_dtype_computes_in_it_before_and_after_packing(
+    name: str, dtype: torch.dtype
+) -> None:
+    """As a dense model does with the matrix that the embedding stands for."""
+    torch.manual_seed(0)
+    model, plain = Transformer(config(name)).eval().to(dtype), Transformer(ModelConfig(**SHAPE)).to(dtype)
+    plain.blocks, plain.norm = model.blocks, model.norm
+    ids = torch.tensor([[3, 1, 4]])
+    for embedding in (model.embedding, model.embedding.compressed()):
+        model.replace_embedding(embedding)
+        with torch.no_grad():
+            plain.load_state_dict({"embedding.weight": embedding.dense_weight()}, strict=False)
+            found, expected = model(ids), plain(ids)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_from_scratch_learns(name: str) -> None:
     """Which token follows which, by heart."""
