@@ -1,6 +1,12 @@
-"""Hooks that are called at every batch, and leaving out those that a callback has no use for."""
+"""Hooks that are called at every batch: leaving out those that a callback has no use for, and adding what
+Lightning has no hook for.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import Callback
 
@@ -29,3 +35,27 @@ def put_back(callback: Callback, hooks: tuple[str, ...]) -> None:
     """Undo `leave_out`."""
     for name in hooks:
         vars(callback).pop(name, None)
+
+
+def follow(owner: object, method: str, then: Callable[[], None]) -> Callable[[], None]:
+    """Have `then` called after every call of `owner`'s `method`; returns what undoes it."""
+    followed = getattr(owner, method)
+    before = vars(owner).get(method)
+
+    @functools.wraps(followed)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return followed(*args, **kwargs)
+        finally:
+            then()
+
+    def undo() -> None:
+        if vars(owner).get(method) is not call:
+            return  # somebody else's is around it
+        if before is None:
+            delattr(owner, method)
+        else:
+            setattr(owner, method, before)
+
+    setattr(owner, method, call)
+    return undo

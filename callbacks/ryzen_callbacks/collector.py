@@ -13,16 +13,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ryzen_callbacks.atomic_file import write_text
-from ryzen_callbacks.detector import AnomalyDetector
+from ryzen_callbacks.detector import AnomalyDetector, detectors_of
 from ryzen_callbacks.device_peaks import peak_flops
 from ryzen_callbacks.environment import describe_environment
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS, MetricsLog
 from ryzen_callbacks.report_path import prepare_report_path
-from ryzen_callbacks.reports import AnomalyRow, MetricStatistics, RunMetadata, TrainingMetricsReport
+from ryzen_callbacks.reports import MetricStatistics, RunMetadata, TrainingMetricsReport
 from ryzen_callbacks.step_callback import StepCallback
 from ryzen_callbacks.step_logging import log_restart, log_steps
 from ryzen_callbacks.step_recorder import Step
-from ryzen_callbacks.trainer_values import logged_now, validated
+from ryzen_callbacks.trainer_values import logged_in_epoch, sent_to_loggers, validated
 
 REPORT_NAME = "training_metrics_report.json"
 _COMPONENT_FIGURES = ("compression_ratio", "speedup")
@@ -32,8 +32,9 @@ class TrainingMetricsCollector(StepCallback):
     """Collects loss, learning rates, gradient norm, rates and times per optimizer step, and reports them.
 
     Every step's values go to the Trainer's loggers as `train/<name>` with the number of optimizer steps done
-    as x, and into the report's statistics as `<name>`; see `StepCallback` for the names and
-    `TrainingMetricsReport` for the report. It also works by hand, outside a Trainer:
+    as x, unless the module itself has logged something there under that name, and into the report's
+    statistics as `<name>`; see `StepCallback` for the names and `TrainingMetricsReport` for the report. It
+    also works by hand, outside a Trainer:
 
         collector = TrainingMetricsCollector()
         collector.record_batch_metric({"loss": 0.6, "learning_rate": 1e-3})
@@ -60,10 +61,12 @@ class TrainingMetricsCollector(StepCallback):
         accuracy: name under which the module logs its validation accuracy.
         metadata: `experiment_id` and `model` name the run (defaults: a random id, the module's class);
             whatever else is given goes to the report's `metadata.extra` as JSON.
+        name: tells several collectors in one Trainer apart, and their states in a checkpoint. Each needs a
+            `path` of its own; the first of them has the loggers.
 
     Raises:
         ValueError: an interval below 1, metadata that are no JSON, a `path` that the CSV would go to as well;
-            at set-up: a report path that cannot be written.
+            at set-up: a report path that cannot be written, or that is another collector's.
     """
 
     def __init__(
@@ -78,14 +81,15 @@ class TrainingMetricsCollector(StepCallback):
         val_loss: str = "val_loss",
         accuracy: str = "val_accuracy",
         metadata: Mapping[str, Any] | None = None,
+        name: str | None = None,
     ) -> None:
-        super().__init__()
-        for name, value in (
+        super().__init__(name)
+        for argument, value in (
             ("sample_every_n_steps", sample_every_n_steps),
             ("write_every_n_steps", write_every_n_steps),
         ):
             if value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more")
+                raise ValueError(f"{argument} is {value}, expected 1 or more")
         self.path = Path(path) if path is not None else None
         if csv and self.path is not None and self.path.suffix == ".csv":
             raise ValueError(f"path is {path}, where csv=True puts the CSV; name the JSON report otherwise")
@@ -96,11 +100,11 @@ class TrainingMetricsCollector(StepCallback):
         self._names = {"val_loss": val_loss, "accuracy": accuracy}
         extra = dict(metadata or {})
         experiment_id, model = extra.pop("experiment_id", uuid4().hex[:12]), extra.pop("model", None)
-        for name, value in extra.items():
+        for key, value in extra.items():
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"metadata {name!r} is no JSON: {error}") from error
+                raise ValueError(f"metadata {key!r} is no JSON: {error}") from error
         self._metadata = RunMetadata(
             experiment_id=str(experiment_id),
             model=model,
@@ -109,8 +113,9 @@ class TrainingMetricsCollector(StepCallback):
             extra=extra,
         )
         self._log = MetricsLog(sample_every_n_steps)
-        self._anomalies: Callable[[], list[AnomalyRow]] = list
+        self._detectors: list[AnomalyDetector] = []
         self._destination = self.path
+        self._has_the_loggers = False
         self._in_training = False
         self._next_epoch = 0
         self._ended: tuple[int, dict[str, Any]] | None = None
@@ -156,7 +161,7 @@ class TrainingMetricsCollector(StepCallback):
             epochs=self._log.epochs(),
             batches=list(self._log.batches),
             batches_every_n_steps=self._log.sample_every_n_steps,
-            anomalies=self._anomalies(),
+            anomalies=[row for detector in self._detectors for row in detector.rows()],
         )
 
     def export_metrics(self, path: str | Path) -> Path:
@@ -178,8 +183,11 @@ class TrainingMetricsCollector(StepCallback):
             return
         self._destination = None  # nothing is written if the next line raises
         self._destination = prepare_report_path(trainer, self.path, REPORT_NAME)
-        detectors = [c for c in trainer.callbacks if isinstance(c, AnomalyDetector)]  # type: ignore[attr-defined]
-        self._anomalies = lambda: [row for detector in detectors for row in detector.rows()]
+        collectors = [c for c in trainer.callbacks if isinstance(c, TrainingMetricsCollector)]  # type: ignore[attr-defined]
+        if [c._destination for c in collectors].count(self._destination) > 1:
+            raise ValueError(f"two TrainingMetricsCollectors report to {self._destination}; give each a path")
+        self._has_the_loggers = collectors[0] is self
+        self._detectors = detectors_of(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what runs, and on what."""
@@ -190,7 +198,7 @@ class TrainingMetricsCollector(StepCallback):
         self._ended = None
         self._in_training = True
         self._written_at = self.last_step
-        if self.last_step:
+        if self.last_step and self._has_the_loggers:
             log_restart(trainer, self.last_step)
         peak = peak_flops(pl_module.device, str(trainer.precision))
         self._peak = peak * trainer.world_size if peak is not None else None
@@ -204,7 +212,8 @@ class TrainingMetricsCollector(StepCallback):
             self._log.add_step(step.step, step.epoch, values)
             if figures := _component_figures(values):
                 self._log.add_to_epoch(step.epoch, figures, {})
-        log_steps(trainer.loggers, steps)
+        if self._has_the_loggers:
+            log_steps(trainer.loggers, steps, without=sent_to_loggers(trainer))
         if self.last_step - self._written_at >= self.write_every_n_steps:
             self._write(trainer)
 
@@ -224,7 +233,7 @@ class TrainingMetricsCollector(StepCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what the module logged for the whole epoch into its row."""
         super().on_train_epoch_end(trainer, pl_module)
-        figures = _component_figures(logged_now(trainer, on_step=False))
+        figures = _component_figures(logged_in_epoch(trainer))
         self._log.add_to_epoch(trainer.current_epoch, figures, {})
         self._ended = trainer.current_epoch, dict(trainer.callback_metrics)
 
@@ -284,6 +293,7 @@ class TrainingMetricsCollector(StepCallback):
 
     def _write(self, trainer: Trainer) -> None:
         self._written_at = self.last_step
+        self._break_clock()  # on every rank: the others wait for the first one
         if self._destination is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:

@@ -48,15 +48,18 @@ class AnomalyDetector(StepCallback):
             weights and optimizer states of the last good checkpoint and go on with the next batch; see
             `LastGood`). A fault that is still there after a rollback is a new one.
         path: a JSON file for the anomalies; None: none (`TrainingMetricsCollector` has them in its report).
+            That it cannot be written is a warning while training goes on, and an error at the end.
         plateau_steps: report a loss that has not got better for this many steps; None: never.
         accuracy: name under which the module logs its validation accuracy.
         checkpoint_every_n_steps: how old the last good checkpoint may get; it is written at log intervals at
             which nothing is found and no fault goes on, and only if some kind's action is "rollback".
         max_rollbacks: after this many, the next one stops training instead.
+        name: tells several detectors in one Trainer apart, and their states in a checkpoint; only one of them
+            may roll back, which the others take into account.
 
     Raises:
         ValueError: an unknown kind or action, an action for plateau without `plateau_steps`, a count below 1;
-            at set-up: a path that cannot be written.
+            at set-up: a path that cannot be written, a second detector that may roll back.
     """
 
     def __init__(
@@ -68,8 +71,9 @@ class AnomalyDetector(StepCallback):
         accuracy: str = "val_accuracy",
         checkpoint_every_n_steps: int = 500,
         max_rollbacks: int = 3,
+        name: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         self.actions = dict(actions or {})
         for kind, action in self.actions.items():
             if kind not in KINDS:
@@ -80,13 +84,13 @@ class AnomalyDetector(StepCallback):
                 )
         if "plateau" in self.actions and plateau_steps is None:
             raise ValueError("an action for plateau needs plateau_steps: without it no plateau is looked for")
-        for name, count in (
+        for argument, count in (
             ("plateau_steps", plateau_steps),
             ("checkpoint_every_n_steps", checkpoint_every_n_steps),
             ("max_rollbacks", max_rollbacks),
         ):
             if count is not None and count < 1:
-                raise ValueError(f"{name} is {count}, expected 1 or more")
+                raise ValueError(f"{argument} is {count}, expected 1 or more")
         self.path = Path(path) if path is not None else None
         self.accuracy = accuracy
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
@@ -145,6 +149,8 @@ class AnomalyDetector(StepCallback):
         self._to_undo, self._undone_up_to = None, 0  # a run that failed may have left something
         if self.path is not None:
             prepare_report_path(trainer, self.path, self.path.name)
+        if sum("rollback" in detector.actions.values() for detector in detectors_of(trainer)) > 1:
+            raise ValueError("two AnomalyDetectors of one Trainer roll back; give the actions of both to one")
         if "rollback" in self.actions.values() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             checkpoint = prepare_report_path(trainer, None, CHECKPOINT_NAME)
             assert checkpoint is not None
@@ -157,7 +163,7 @@ class AnomalyDetector(StepCallback):
         super().on_train_start(trainer, pl_module)
         if self._last_good is not None:
             self._keep(trainer, self._last_good, self.last_step)
-        self._write(trainer)
+        self._write(trainer, in_training=False)
 
     def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
         """Judge the steps and act on what is found."""
@@ -198,6 +204,10 @@ class AnomalyDetector(StepCallback):
             return
         accuracy = validated(trainer, [self.accuracy], pl_module.device).get(self.accuracy)
         self._act(trainer, self.update(step=self.last_step, accuracy=accuracy))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make up for what could not be written."""
+        self._write(trainer, in_training=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Judge the last steps, and delete the last good checkpoint."""
@@ -248,7 +258,8 @@ class AnomalyDetector(StepCallback):
 
     def _keep(self, trainer: Trainer, last_good: LastGood, step: int) -> None:
         if last_good.keep(trainer, step):
-            self._good_rules = _states(self._rules_of_weights)
+            for detector in detectors_of(trainer):
+                detector._good_rules = _states(detector._rules_of_weights)
 
     def _undo(self, trainer: Trainer) -> None:
         if self._last_good is not None and self._to_undo is not None:
@@ -261,8 +272,15 @@ class AnomalyDetector(StepCallback):
             trainer.should_stop = True
             return
         to_step = last_good.restore(trainer)
-        _load_states(self._rules, self._good_rules)
-        self._undone_up_to = self._steps_done + self._in_step
+        self._break_clock()
+        if to_step is None:
+            why = "the optimizers have other parameters than in the last good checkpoint"
+            rank_zero_warn(f"stopping: there is no going back, as {why}, and {anomaly.message}")
+            trainer.should_stop = True
+            return
+        for detector in detectors_of(trainer):
+            _load_states(detector._rules, detector._good_rules)
+            detector._undone_up_to = self._steps_done + self._in_step
         self.rollbacks.append({"at_step": self._steps_done, "to_step": to_step, "anomaly_step": anomaly.step})
         rank_zero_warn(f"weights and optimizer are back at step {to_step}; the batches since are skipped")
         self._write(trainer)
@@ -272,11 +290,24 @@ class AnomalyDetector(StepCallback):
             self._last_good.remove(trainer)
             self._last_good = None
 
-    def _write(self, trainer: Trainer) -> None:
-        if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    def _write(self, trainer: Trainer, in_training: bool = True) -> None:
+        if self.path is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._break_clock()  # on every rank: the others wait for the first one
+        if not trainer.is_global_zero:
             return
         rows = [row.model_dump() for row in self.rows()]
-        write_json(self.path, {"schema_version": 1, "anomalies": rows, "rollbacks": self.rollbacks})
+        try:
+            write_json(self.path, {"schema_version": 1, "anomalies": rows, "rollbacks": self.rollbacks})
+        except OSError as error:
+            if not in_training:
+                raise
+            rank_zero_warn(f"the anomalies were not written: {error}")
+
+
+def detectors_of(trainer: Trainer) -> list[AnomalyDetector]:
+    """The Trainer's detectors."""
+    return [c for c in trainer.callbacks if isinstance(c, AnomalyDetector)]  # type: ignore[attr-defined]
 
 
 def _states(rules: list[Rule]) -> dict[str, dict[str, Any]]:

@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from ryzen_callbacks.batch_hooks import BATCH_HOOKS, leave_out, put_back
+from ryzen_callbacks.batch_hooks import BATCH_HOOKS, follow, leave_out, put_back
 from ryzen_callbacks.step_recorder import Step, StepRecorder
 from ryzen_callbacks.trainer_values import (
     all_reduce,
     is_fsdp,
     leading_dimension,
-    logged_now,
+    logged_since,
     loss_of,
     memory_in_use,
 )
@@ -53,24 +53,41 @@ class StepCallback(Callback):
     the first parameter group; `learning_rate_1`, ... for further optimizers), `grad_norm` (before clipping;
     over all optimizers that stepped, the last time each did), `tokens`, `samples`, `step_time_s`,
     `data_wait_s`; and every `log_every_n_steps`-th step also `memory_bytes` and whatever the module logged
-    with `on_step=True` under names other than these. The first step, and those that follow validation, a
-    checkpoint or the end of an epoch, have no times.
+    with `on_step=True` since the one before it, the last value of each, under names other than these. The
+    first step, and those that follow validation, a checkpoint, a rollback, a written report or the end of an
+    epoch, have no times.
+
+    `data_wait_s` is what the host waited for the data loader's next batches: not for their way to the device,
+    nor for other callbacks. There is no public hook around that. The recorder gets in where the training loop
+    tells its profiler of `train_dataloader_next`, for the time of the fit, and there is none of it where
+    another version of Lightning does not. It also follows `trainer.save_checkpoint`: callbacks are not told
+    of checkpoints of weights only.
     """
 
     tokens_in_batch: Callable[[Any], int] | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, name: str | None = None) -> None:
+        kind = type(self).__qualname__
+        self._state_key = kind if name is None else f"{kind}({name})"
         self.last_step = 0
         """Optimizer steps seen so far; part of the state."""
         self._trainer: Trainer | None = None
         self._followers: list[StepCallback] = []
         self._recorder: StepRecorder | None = None
+        self._leader: StepCallback | None = None
+        self._undo_follow: list[Callable[[], None]] = []
+        self._seen: dict[str, Any] = {}
         self._step = 0
         self._epoch = 0
         self._rate_names: dict[int, str] = {}
         self._count_tokens: Callable[[Any], int] | None = None
         self._failed = False
         leave_out(self, BATCH_HOOKS, Callback)
+
+    @property
+    def state_key(self) -> str:
+        """Whose state it is in a checkpoint."""
+        return self._state_key
 
     def on_steps(self, trainer: Trainer, pl_module: LightningModule, steps: list[Step]) -> None:
         """Take in steps that are over. Called on every rank with the same values."""
@@ -90,7 +107,8 @@ class StepCallback(Callback):
             return
         everyone = [c for c in trainer.callbacks if isinstance(c, StepCallback)]  # type: ignore[attr-defined]
         self._trainer, self._failed, self._recorder = trainer, False, None
-        if everyone[0] is self:
+        self._leader = everyone[0]
+        if self._leader is self:
             self._followers = everyone
             put_back(self, BATCH_HOOKS)
             leave_out(self, BATCH_HOOKS, Callback)
@@ -109,7 +127,16 @@ class StepCallback(Callback):
             sharded_gradients=is_fsdp(trainer),
             half_gradients=any(p.dtype is torch.float16 for p in pl_module.parameters()),
         )
-        self._recorder.break_clock()
+        loop = trainer.fit_loop.epoch_loop
+        self._undo_follow = [
+            follow(owner, method, then)
+            for owner, method, then in (
+                (loop, "_on_before_fetch", self._recorder.wait_started),
+                (loop, "_on_after_fetch", self._recorder.wait_ended),
+                (trainer, "save_checkpoint", self._recorder.break_clock),
+            )
+            if hasattr(owner, method)
+        ]
         # Where the state has no steps of ours, Lightning's count of them; `global_step` is one of optimizers.
         steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._step = max(c.last_step for c in self._followers) or steps_before
@@ -125,13 +152,6 @@ class StepCallback(Callback):
         """Which epoch it is."""
         self._epoch = trainer.current_epoch
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """The wait for data is over."""
-        if self._recorder is not None:
-            self._recorder.batch_started()
-
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -141,7 +161,7 @@ class StepCallback(Callback):
         groups = optimizer.param_groups
         self._recorder.before_optimizer_step(
             self._rate_names.get(id(optimizer), "learning_rate"),
-            groups[0]["lr"],
+            groups[0].get("lr"),
             [grad for group in groups for p in group["params"] if (grad := p.grad) is not None],
         )
 
@@ -160,7 +180,7 @@ class StepCallback(Callback):
             self._recorder.step_ended(self._step, self._epoch)
             interval = trainer.log_every_n_steps or _DEFAULT_INTERVAL  # type: ignore[attr-defined]
             if self._step % interval == 0:
-                logged = logged_now(trainer, on_step=True)
+                logged = logged_since(trainer, self._seen)
                 own = {name: value for name, value in logged.items() if name not in _RESERVED}
                 self._recorder.add_extras({**own, **memory_in_use(pl_module.device)})
                 self._drain(trainer, pl_module)
@@ -168,7 +188,6 @@ class StepCallback(Callback):
                 self._drain(trainer, pl_module)
         for callback in self._followers:
             callback.between_batches(trainer, pl_module, self._step)
-        self._recorder.idle()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand out the steps before it; validation itself is not training time."""
@@ -201,7 +220,6 @@ class StepCallback(Callback):
         """
         if self._trainer is not None:
             self._drain(self._trainer, self._trainer.lightning_module)
-            self._break_clock()
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,11 +227,15 @@ class StepCallback(Callback):
         self.last_step = state_dict["last_step"]
 
     def _release(self) -> None:
-        self._trainer, self._recorder, self._followers = None, None, []
+        for undo in self._undo_follow:
+            undo()
+        self._trainer, self._recorder, self._followers, self._leader = None, None, [], None
+        self._undo_follow, self._seen = [], {}
 
     def _break_clock(self) -> None:
-        if self._recorder is not None:
-            self._recorder.break_clock()
+        """What was just done is no part of training: the running step has no times."""
+        if self._leader is not None and self._leader._recorder is not None:
+            self._leader._recorder.break_clock()
 
     def _drain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._recorder is None or not len(self._recorder):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
@@ -15,12 +16,17 @@ from ryzen_callbacks.step_recorder import Step
 from ryzen_callbacks.tensorboard_records import encode
 
 
-def log_steps(loggers: Sequence[Logger], steps: Sequence[Step]) -> None:
-    """Log each step's values with every logger, as `train/<name>`.
+def log_steps(loggers: Sequence[Logger], steps: Sequence[Step], without: Set[str] = frozenset()) -> None:
+    """Log each step's values with every logger, as `train/<name>`, but for the names in `without`.
 
     To a TensorBoard file on a disk the steps are written past its logger, which would take longer over them
     than a short training step lasts.
     """
+    if any(name.startswith("train/") for name in without):
+        steps = [
+            replace(step, values={n: v for n, v in step.values.items() if f"train/{n}" not in without})
+            for step in steps
+        ]
     for logger in loggers:
         file = _tensorboard_file(logger)
         if file is not None:

@@ -29,15 +29,15 @@ class Step:
 
 @dataclass(slots=True)
 class _Pending:
-    """A step as recorded: its tensors are still on the device. Times are None where the clock is broken."""
+    """A step as recorded: its tensors are still on the device. `start` is None where the clock is broken."""
 
     losses: list[Tensor]
     norms: dict[str, list[Tensor]]
-    learning_rates: dict[str, float | Tensor]
+    learning_rates: dict[str, float | Tensor | None]
     extras: dict[str, float | Tensor] | None = None
     tokens: int | None = None
     samples: int | None = None
-    data_wait: float | None = 0.0
+    data_wait: float | None = None
     start: _Moment | None = None
     end: _Moment | None = None
     step: int = 0
@@ -55,7 +55,7 @@ class StepRecorder:
     in one transfer (as float32). On CUDA a step's time is the time between events recorded on the stream;
     elsewhere it is host time. A step lasts from the end of the step before it to its own end, data wait
     included; `break_clock()` says that something else happened in between, and that the running step has no
-    times.
+    times. Data wait is the host time between `wait_started()` and `wait_ended()`, and nothing else.
 
     Args:
         device: where the training runs.
@@ -78,7 +78,7 @@ class StepRecorder:
         self._half_gradients = half_gradients
         self._done: list[_Pending] = []
         self._current = _Pending.empty()
-        self._idle_since: float | None = None
+        self._waiting_since = 0.0
         self._last_end: _Moment | None = None
 
     def __len__(self) -> int:
@@ -92,20 +92,20 @@ class StepRecorder:
     def break_clock(self) -> None:
         """The running step contains something that is not training: leave its times out."""
         self._last_end = None
-        self._idle_since = None
-        self._current.start = None
-        self._current.data_wait = None
 
-    def batch_started(self) -> None:
-        """A micro-batch has arrived."""
-        current = self._current
-        if current.data_wait is not None and self._idle_since is not None:
-            current.data_wait += time.perf_counter() - self._idle_since
+    def wait_started(self) -> None:
+        """The next micro-batch is asked for."""
+        self._waiting_since = time.perf_counter()
+
+    def wait_ended(self) -> None:
+        """It is there."""
+        waited = time.perf_counter() - self._waiting_since
+        self._current.data_wait = (self._current.data_wait or 0.0) + waited
 
     def before_optimizer_step(
-        self, name: str, learning_rate: float | Tensor, gradients: list[Tensor]
+        self, name: str, learning_rate: float | Tensor | None, gradients: list[Tensor]
     ) -> None:
-        """Note an optimizer's learning rate and the norm of its `gradients`, before clipping.
+        """Note an optimizer's learning rate, if it has one, and the norm of its `gradients`, before clipping.
 
         Where an optimizer steps several times in a batch the last one counts.
         """
@@ -135,10 +135,6 @@ class StepRecorder:
         self._last_end = current.end
         self._done.append(current)
         self._current = _Pending.empty()
-
-    def idle(self) -> None:
-        """The callback's own work for this batch is done: the wait for data begins."""
-        self._idle_since = time.perf_counter()
 
     def add_extras(self, values: dict[str, float | Tensor]) -> None:
         """Attach `values` to the step that ended last."""
@@ -176,16 +172,18 @@ class StepRecorder:
         if losses:
             values["loss"] = sum(losses) / len(losses)
         for name, rate in pending.learning_rates.items():
-            values[name] = next(numbers) if isinstance(rate, Tensor) else float(rate)
+            if rate is not None:
+                values[name] = next(numbers) if isinstance(rate, Tensor) else float(rate)
         if norms:
             values["grad_norm"] = math.hypot(*norms)
         if pending.tokens is not None:
             values["tokens"] = pending.tokens
         if pending.samples is not None:
             values["samples"] = pending.samples
-        if pending.start is not None and pending.end is not None and pending.data_wait is not None:
+        if pending.start is not None and pending.end is not None:
             values["step_time_s"] = _seconds(pending.start, pending.end)
-            values["data_wait_s"] = pending.data_wait
+            if pending.data_wait is not None:
+                values["data_wait_s"] = pending.data_wait
         for name, value in (pending.extras or {}).items():
             number = next(numbers) if isinstance(value, Tensor) else value
             # A module that logs "loss" itself does not replace the measured one.

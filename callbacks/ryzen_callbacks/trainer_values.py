@@ -29,19 +29,32 @@ def is_fsdp(trainer: Trainer) -> bool:
     return any(kind.__name__ == "FSDPStrategy" for kind in type(trainer.strategy).__mro__)
 
 
-def logged_now(trainer: Trainer, on_step: bool) -> dict[str, float | Tensor]:
-    """What the module logged in training during this very batch (`on_step`), or over this very epoch.
+def logged_since(trainer: Trainer, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The last value of what the module logged in training with `on_step=True` since the last call.
 
-    `trainer.callback_metrics` will not do: it also has what validation or an earlier epoch left behind.
+    `seen` is kept for the next call, empty at first: Lightning keeps a value until it is logged anew, and
+    `trainer.callback_metrics` also what validation left behind.
     """
+    logged: dict[str, Tensor] = {}
+    for key, metric in trainer.fit_loop._results.valid_items():
+        value = metric._forward_cache if metric.meta.on_step else None
+        if isinstance(value, Tensor) and value.numel() == 1 and value is not seen.get(key):
+            seen[key] = value  # another tensor each time that it is logged
+            logged[metric.meta.name] = value.detach()
+    return logged
+
+
+def logged_in_epoch(trainer: Trainer) -> dict[str, Tensor]:
+    """What the module logged in training over this very epoch."""
     results = trainer._results
-    if results is None:
-        return {}
-    logged = results.metrics(on_step=on_step)["callback"]
-    # A metric logged both by step and by epoch comes twice, as `name` and as `name_step`.
-    return {
-        n: v for n, v in logged.items() if not (n.endswith("_step") and n.removesuffix("_step") in logged)
-    }
+    return {} if results is None else results.metrics(on_step=False)["callback"]
+
+
+def sent_to_loggers(trainer: Trainer) -> set[str]:
+    """The names under which the module itself has logged something to the loggers in training."""
+    results = trainer.fit_loop.epoch_loop._results
+    sent = [metric for metric in results.values() if metric.meta.logger]
+    return {results._forked_name(metric, on_step)[1] for metric in sent for on_step in (True, False)}
 
 
 def validated(trainer: Trainer, names: Iterable[str], device: torch.device) -> dict[str, float]:
@@ -84,7 +97,7 @@ def _page_size() -> int:
 def leading_dimension(batch: Any) -> int | None:
     """Number of samples: the first tensor's first dimension; None if there is no such tensor."""
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
+        return batch.size(0) if batch.ndim else None  # a nested tensor has no `shape`
     if isinstance(batch, list | tuple | Mapping):
         for item in batch.values() if isinstance(batch, Mapping) else batch:
             if (size := leading_dimension(item)) is not None:

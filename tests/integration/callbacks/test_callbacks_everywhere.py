@@ -138,6 +138,51 @@ def test_gradients_in_half_precision_have_a_norm(
     assert report["anomalies"] == []
 
 
+class Nested(Tiny):
+    """Its batches are nested tensors, of rows of different lengths."""
+
+    tokens_in_batch = None  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layers(torch.cat(batch.unbind())).mean()
+
+
+def test_batches_of_rows_of_different_lengths(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
+    rows = [torch.ones(length, 8) for length in range(1, 13)]
+    data = DataLoader(rows, batch_size=4, collate_fn=torch.nested.nested_tensor)  # type: ignore[arg-type]
+    make_trainer(callbacks=three(), max_epochs=1).fit(Nested(), data)
+    assert [b["samples"] for b in reports(tmp_path)["training_metrics_report.json"]["batches"]] == [4] * 3
+
+
+class WithoutRate(torch.optim.SGD):
+    """Finds its own learning rate, as Adafactor does; there is None in its groups, or nothing."""
+
+    def __init__(self, parameters: Any, given: dict[str, Any]) -> None:
+        super().__init__(parameters, lr=0.1)
+        for group in self.param_groups:
+            del group["lr"]
+            group.update(given)
+
+    def step(self, closure: Any = None) -> Any:
+        return closure()
+
+
+@pytest.mark.parametrize("given", [{}, {"lr": None}], ids=str)
+def test_an_optimizer_without_a_learning_rate(
+    tiny: Tiny,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+    given: dict[str, Any],
+) -> None:
+    tiny.configure_optimizers = lambda: WithoutRate(tiny.parameters(), given)  # type: ignore[method-assign]
+    tiny.on_before_optimizer_step = lambda optimizer: None  # type: ignore[method-assign, assignment]
+    make_trainer(callbacks=three(), max_epochs=1).fit(tiny, make_loader())
+    batches = reports(tmp_path)["training_metrics_report.json"]["batches"]
+    assert [b["loss"] for b in batches] == pytest.approx(tiny.batch_losses, rel=1e-6)
+    assert not any("learning_rate" in b for b in batches)
+
+
 class Skips(Tiny):
     """Returns no loss now and then, which Lightning allows on one device."""
 
@@ -286,6 +331,7 @@ def test_a_pytorch_lightning_trainer(
     trainer.fit(Module(), make_loader(), make_loader(8))
     found = reports(tmp_path)
     assert found["training_metrics_report.json"]["statistics"]["loss"]["count"] == 16
+    assert found["training_metrics_report.json"]["statistics"]["data_wait_s"]["min"] > 0
     assert found["training_metrics_report.json"]["epochs"][0]["val_loss"] is not None
     assert found["validation_report.json"]["summary"]["passed"] == 1
 

@@ -27,13 +27,13 @@ def test_recording_never_synchronises_and_a_steps_time_is_that_of_its_kernels() 
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(5):
-            recorder.batch_started()
+            recorder.wait_started()
+            recorder.wait_ended()
             for _ in range(10):
                 matrix @ matrix
             recorder.before_optimizer_step("learning_rate", 0.1, [gradient])
             recorder.batch_ended(loss * 1, 10, None)
             recorder.step_ended(step, 0)
-            recorder.idle()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     steps = recorder.drain()
@@ -71,7 +71,7 @@ def test_in_a_trainer_the_three_callbacks_synchronise_once_a_drain_and_never_bet
 
         return run
 
-    for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
+    for name in ("on_before_optimizer_step", "on_train_batch_end"):
         monkeypatch.setattr(StepCallback, name, watched(getattr(StepCallback, name)))
     callbacks = [TrainingMetricsCollector(), AnomalyDetector(), OptimizationValidator()]
     make_trainer(callbacks=callbacks, max_epochs=1, log_every_n_steps=4, accelerator="gpu").fit(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from ryzen_callbacks import (
     AnomalyDetector,
     OptimizationValidator,
@@ -75,6 +75,103 @@ def test_the_first_step_of_each_epoch_is_not_timed_and_the_others_are(
         assert row.tokens_per_second == pytest.approx(sum(b["tokens"] or 0 for b in timed) / seconds)
         for b in timed:
             assert 0 < (b["data_wait_s"] or 0) < (b["step_time_s"] or 0)
+
+
+def untimed(collector: TrainingMetricsCollector) -> list[float | None]:
+    return [b["step"] for b in collector.report().batches if "step_time_s" not in b]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_the_step_after_a_checkpoint_is_not_timed(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], weights_only: bool
+) -> None:
+    """Written between batches, at 5, 10 and 15; for one of weights only no callback is asked for a state."""
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    saver = ModelCheckpoint(every_n_train_steps=5, save_weights_only=weights_only)
+    trainer = make_trainer(callbacks=[collector, saver], max_epochs=1, enable_checkpointing=True)
+    trainer.fit(tiny, make_loader())
+    assert untimed(collector) == [1, 6, 11, 16]
+    assert "save_checkpoint" not in vars(trainer)  # it is followed while training goes on only
+
+
+def test_the_step_after_a_report_is_not_timed(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """Writing a report of 10,000 steps takes a second."""
+    collector = TrainingMetricsCollector(sample_every_n_steps=1, write_every_n_steps=6)
+    make_trainer(callbacks=[collector], max_epochs=1).fit(tiny, make_loader())
+    assert untimed(collector) == [1, 7, 13]
+
+
+class Takes(Callback):
+    """Makes the clock go on by as many seconds as it is told, in its hooks of a batch."""
+
+    def __init__(self, clock: list[float], seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.clock[0] += self.seconds
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.clock[0] += self.seconds
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["collector first", "collector last"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_data_wait_is_the_wait_for_the_loader_and_no_other(
+    tiny: Tiny,
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    order: int,
+    stream: bool,
+) -> None:
+    """Two batches a step, each 1 s of the loader; 2 s of another callback before it and 2 s after it. Of a
+    stream, whose length is not known, Lightning asks for a batch in advance, and for none at the end.
+    """
+    clock = [0.0]
+    monkeypatch.setattr("ryzen_callbacks.step_recorder.time.perf_counter", lambda: clock[0])
+    data = make_loader(32, stream=stream)
+    collate = data.collate_fn
+
+    def slowly(samples: Any) -> Any:
+        clock[0] += 1.0
+        return collate(samples)
+
+    data.collate_fn = slowly
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    callbacks = [collector, Takes(clock, 2.0)][::order]
+    make_trainer(callbacks=callbacks, max_epochs=1, accumulate_grad_batches=2).fit(tiny, data)
+    times = [(b["step_time_s"], b["data_wait_s"]) for b in collector.report().batches[1:]]
+    assert times == [(10.0, 2.0), (10.0, 2.0), (9.0, 1.0) if stream else (10.0, 2.0)]
+
+
+class FetchesItself(Tiny):
+    """Takes its batches from the loader's iterator itself, as Lightning allows."""
+
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:  # type: ignore[override]
+        batch, *_ = next(dataloader_iter)
+        return self.loss(batch)
+
+
+def test_data_wait_of_a_module_that_fetches_its_batches_itself(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("ryzen_callbacks.step_recorder.time.perf_counter", lambda: clock[0])
+    data = make_loader()
+    collate = data.collate_fn
+
+    def slowly(samples: Any) -> Any:
+        clock[0] += 1.0
+        return collate(samples)
+
+    data.collate_fn = slowly
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    make_trainer(callbacks=[collector], max_epochs=1).fit(FetchesItself(), data)
+    waits = [b["data_wait_s"] for b in collector.report().batches[1:]]
+    assert len(waits) >= 14
+    assert set(waits) == {1.0}
 
 
 @pytest.mark.parametrize("prefix", ["", "mine"])
@@ -321,6 +418,96 @@ def test_what_the_module_logs_is_not_taken_for_what_is_measured(
     assert not {"step", "tokens", "tokens_per_second", "mfu"} & set(report.statistics)
 
 
+class LogsNowAndThen(Tiny):
+    """Logs one figure once and another in every fifth batch: in those of the steps 1, 6, 11 and 16."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 1:
+            self.log("once", 7.0)
+        if batch_idx % 5 == 0:
+            self.log("fifth", batch_idx, on_step=True, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_the_module_logs_now_and_then_is_not_repeated(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """At a log interval there is what was logged since the one before."""
+    collector = TrainingMetricsCollector(sample_every_n_steps=1)
+    make_trainer(callbacks=[collector], max_epochs=1).fit(LogsNowAndThen(), make_loader())
+    steps = {b["step"]: b for b in collector.report().batches}
+    assert {step: b["once"] for step, b in steps.items() if "once" in b} == {3: 7.0}
+    assert {step: b["fifth"] for step, b in steps.items() if "fifth" in b} == {3: 0.0, 6: 5.0, 12: 10.0}
+    assert "fifth_step" not in collector.statistics()
+
+
+class LogsItsLoss(Tiny):
+    """Sends figures under two of the collector's names to the loggers, and keeps a third from them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.log("train/loss", -1.0)
+        self.log("train/grad_norm", -1.0, on_step=False, on_epoch=True)
+        self.log("train/samples", -1.0, logger=False)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("prefix", ["", "mine"])
+def test_a_curve_that_the_module_draws_itself_is_its_own(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path, prefix: str
+) -> None:
+    logger, other = TensorBoardLogger(tmp_path, prefix=prefix), CSVLogger(tmp_path)
+    collector = TrainingMetricsCollector()
+    make_trainer(callbacks=[collector], logger=[logger, other], max_epochs=1).fit(
+        LogsItsLoss(), make_loader()
+    )
+    events = EventAccumulator(logger.log_dir).Reload()
+    with (Path(other.log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name, points in (("loss", 5), ("grad_norm", 1)):
+        values = [
+            event.value for event in events.Scalars(f"{prefix}-train/{name}" if prefix else f"train/{name}")
+        ]
+        assert values == [-1.0] * points
+        assert {float(row[f"train/{name}"]) for row in rows if row[f"train/{name}"]} == {-1.0}
+        assert collector.statistics()[name].min > 0
+        assert collector.statistics()[name].count == 16
+    assert [float(row["train/samples"]) for row in rows if row["train/samples"]] == [4.0] * 16
+
+
+def test_two_collectors_have_a_report_and_a_state_each_and_log_once(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    def collectors() -> list[TrainingMetricsCollector]:
+        return [
+            TrainingMetricsCollector(tmp_path / "a.json", sample_every_n_steps=1),
+            TrainingMetricsCollector(tmp_path / "b.json", sample_every_n_steps=8, name="coarse"),
+        ]
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(callbacks=collectors(), logger=logger, max_epochs=1)
+    trainer.fit(Tiny(), make_loader())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    points = EventAccumulator(logger.log_dir).Reload().Scalars("train/loss")
+    assert [point.step for point in points] == list(range(1, 17))
+    trainer = make_trainer(callbacks=collectors())
+    trainer.fit(Tiny(), make_loader(), ckpt_path=tmp_path / "c.ckpt")
+    fine, coarse = (read(tmp_path / name).batches for name in ("a.json", "b.json"))
+    assert [b["step"] for b in fine] == list(range(1, 33))
+    assert [b["step"] for b in coarse] == [8, 16, 24, 32]
+    assert [b["loss"] for b in coarse] == [b["loss"] for b in fine[7::8]]
+
+
+def test_two_collectors_with_one_report_are_refused_before_training(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    trainer = make_trainer(callbacks=[TrainingMetricsCollector(), TrainingMetricsCollector(name="b")])
+    with pytest.raises(
+        ValueError, match=f"two TrainingMetricsCollectors report to .*{NAME}; give each a path"
+    ):
+        trainer.fit(tiny, make_loader())
+    assert tiny.batch_losses == []
+
+
 class LogsLate(Tiny):
     """Logs its figures when an epoch is over, the speed-up only of every second one."""
 
@@ -475,7 +662,7 @@ def test_between_drains_nothing_is_read_from_the_device(
 
         return run
 
-    for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
+    for name in ("on_before_optimizer_step", "on_train_batch_end"):
         monkeypatch.setattr(StepCallback, name, watched(getattr(StepCallback, name)))
     callbacks = [TrainingMetricsCollector(), AnomalyDetector(), OptimizationValidator()]
     for name in ("item", "tolist", "cpu", "numpy", "__float__", "__bool__", "__int__"):

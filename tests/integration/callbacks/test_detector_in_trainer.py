@@ -1,16 +1,18 @@
 """Faults planted into a real run are found, reported, and acted upon as asked."""
 
+import errno
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
+from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector, write_json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_run import Tiny
 
@@ -200,6 +202,141 @@ def test_where_the_weights_go_back_what_is_usual_goes_back_with_them(
     assert module.weight.item() == pytest.approx(3.0 - 0.01 * (320 - 150), abs=1e-3)
 
 
+def test_a_second_detector_goes_back_with_the_weights(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """Else the losses of the first weights, after step 150, were spikes to it."""
+    actions: dict[str, Any] = {"loss_spike": "rollback", "divergence": "rollback", "stall": "record"}
+    detectors = [AnomalyDetector(dict.fromkeys(actions, "record"), name="watches"), AnomalyDetector(actions)]
+    trainer = make_trainer(callbacks=detectors, max_epochs=20)
+    with pytest.warns(UserWarning, match="back at step 0"):
+        trainer.fit(Descent(), make_loader())
+    for detector in detectors:
+        assert [a.step for a in detector.anomalies if a.kind in ("loss_spike", "divergence")] == [150]
+
+
+def test_two_detectors_have_a_state_each(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    def two() -> list[AnomalyDetector]:
+        actions: dict[str, Any] = {"non_finite": "record", "plateau": "record"}
+        return [AnomalyDetector(), AnomalyDetector(actions, plateau_steps=32, name="plateaus")]
+
+    first = two()
+    trainer = make_trainer(callbacks=first, max_epochs=4)
+    with pytest.warns(UserWarning, match="is nan"):
+        trainer.fit(BadBatch(10, float("nan")), make_loader())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    second = two()
+    make_trainer(callbacks=second, max_epochs=4).fit(Tiny(), make_loader(), ckpt_path=tmp_path / "c.ckpt")
+    states = [[json.dumps(d.state_dict()) for d in detectors] for detectors in (first, second)]
+    assert states[0] == states[1]
+    assert states[0][0] != states[0][1]
+
+
+def test_two_detectors_that_roll_back_are_refused_before_training(
+    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    detectors = [AnomalyDetector({"non_finite": "rollback"}, name=name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="two AnomalyDetectors of one Trainer roll back"):
+        make_trainer(callbacks=detectors).fit(tiny, make_loader())
+    assert tiny.batch_losses == []
+
+
+def test_the_steps_after_a_checkpoint_a_rollback_and_a_report_are_not_timed(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With the rollback: kept at the start and at 9, found and undone at 12."""
+    for action, untimed in (("rollback", [1, 10, 13]), ("record", [1, 13])):
+        collector = TrainingMetricsCollector(sample_every_n_steps=1)
+        actions: dict[str, Any] = {"non_finite": action, "stall": "record"}
+        path = tmp_path / "anomalies.json" if action == "record" else None
+        detector = AnomalyDetector(actions, path, checkpoint_every_n_steps=9)
+        make_trainer(callbacks=[detector, collector], max_epochs=1).fit(PoisonedWeights((10,)), make_loader())
+        assert [b["step"] for b in collector.report().batches if "step_time_s" not in b] == untimed
+
+
+class Unfreezes(PoisonedWeights):
+    """Its backbone joins the optimizer at step 8, in a group of its own, and one weight is NaN at step 20."""
+
+    def __init__(self) -> None:
+        super().__init__((20,))
+        self.backbone = torch.nn.Linear(8, 8)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss((self.backbone(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=0.01)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["detector first", "finetuning first"])
+def test_a_rollback_to_before_the_backbone_was_unfrozen(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], order: int
+) -> None:
+    """The last good checkpoint is of the start; the optimizer keeps the groups that it has by now."""
+    detector = AnomalyDetector({"non_finite": "rollback"})
+    unfreezer = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    module = Unfreezes()
+    backbone = {name: p.detach().clone() for name, p in module.backbone.named_parameters()}
+    seen: dict[int, Any] = {}
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            (optimizer,) = trainer.optimizers
+            present = {name: p.detach().clone() for name, p in pl_module.backbone.named_parameters()}
+            states = [len(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+            seen[trainer.global_step] = present, states
+
+    trainer = make_trainer(callbacks=[Looks(), *[detector, unfreezer][::order]], max_epochs=3)
+    with pytest.warns(UserWarning, match="back at step 0"):
+        trainer.fit(module, make_loader())
+    assert detector.rollbacks == [{"at_step": 21, "to_step": 0, "anomaly_step": 21}]
+    assert not all(torch.equal(backbone[name], p) for name, p in seen[20][0].items())
+    assert all(torch.equal(backbone[name], p) for name, p in seen[21][0].items())
+    assert set(seen[21][1]) == {0}
+    assert trainer.global_step == 48
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert not all(torch.equal(backbone[name], p) for name, p in module.backbone.named_parameters())
+
+
+def test_a_rollback_to_before_a_schedule_began(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """Weight averaging's schedule, from the second epoch on, keeps its own figures in the groups."""
+    detector = AnomalyDetector({"non_finite": "rollback"})
+    averaging = StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)
+    trainer = make_trainer(callbacks=[detector, averaging], max_epochs=4)
+    with pytest.warns(UserWarning, match="back at step 0"):
+        trainer.fit(PoisonedWeights((20,)), make_loader())
+    assert [r["to_step"] for r in detector.rollbacks] == [0]
+    assert trainer.global_step == 64
+    assert [group["swa_lr"] for group in trainer.optimizers[0].param_groups] == [0.01]
+
+
+class Regroups(PoisonedWeights):
+    """At step 5 a layer leaves the optimizer."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 5:
+            del self.trainer.optimizers[0].param_groups[0]["params"][2:]
+            self.left = self.layers[2].weight.detach().clone()
+
+
+def test_a_rollback_that_the_optimizer_does_not_fit_stops_the_run_and_changes_nothing(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    detector = AnomalyDetector({"non_finite": "rollback"})
+    module = Regroups((10,))
+    trainer = make_trainer(callbacks=[detector])
+    with pytest.warns(UserWarning, match="no going back, as the optimizers have other.*is nan at step 11"):
+        trainer.fit(module, make_loader())
+    assert trainer.global_step == 12
+    assert detector.rollbacks == []
+    assert detector.anomalies[0].step == 11
+    assert torch.equal(module.layers[2].weight, module.left)
+
+
 class Scheduled(PoisonedWeights):
     """Each learning rate follows from the one before; `d` is the optimizer's own, as Prodigy has it."""
 
@@ -342,6 +479,33 @@ def test_a_run_without_anomalies_leaves_none_of_another_run_in_its_file(
         make_trainer(callbacks=[detector], max_epochs=1).fit(module, make_loader())
         kinds = [anomaly["kind"] for anomaly in json.loads(path.read_text())["anomalies"]]
         assert ("non_finite" in kinds) == found
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_full_disk_costs_no_more_than_the_file(
+    make_trainer: Callable[..., Any],
+    make_loader: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    for_good: bool,
+) -> None:
+    """Full when the fault is found; at the end the file is written anew, and an error if it cannot be."""
+    path = tmp_path / "anomalies.json"
+    detector = AnomalyDetector({"non_finite": "record", "stall": "record"}, path)
+    trainer = make_trainer(callbacks=[detector], max_epochs=1)
+
+    def write(*arguments: Any) -> Any:
+        if trainer.global_step >= 11 and (for_good or trainer.global_step < 16):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_json(*arguments)
+
+    monkeypatch.setattr("ryzen_callbacks.detector.write_json", write)
+    error = pytest.raises(OSError, match="No space left") if for_good else nullcontext()
+    with pytest.warns(UserWarning, match="anomalies were not written.*No space left"), error:
+        trainer.fit(BadBatch(10, float("nan")), make_loader())
+    assert trainer.global_step == 16
+    if not for_good:
+        assert json.loads(path.read_text())["anomalies"][0]["step"] == 11
 
 
 class FailsLate(PoisonedWeights):

@@ -21,7 +21,6 @@ def gradients(*values: list[float]) -> list[torch.Tensor]:
 def test_micro_batches_are_averaged_and_counted_together() -> None:
     r = recorder()
     for loss, tokens in ((1.0, 10), (4.0, 30)):
-        r.batch_started()
         r.batch_ended(torch.tensor(loss), tokens, 2)
     r.step_ended(step=7, epoch=1)
     (step,) = r.drain()
@@ -108,18 +107,17 @@ def test_times_add_up_and_broken_steps_have_none(clock: list[float]) -> None:
         if step == 3:
             r.break_clock()  # validation
         for _ in range(2):  # two micro-batches
-            clock[0] += 1.0  # waiting for data
-            r.batch_started()
+            clock[0] += 0.25  # callbacks
+            r.wait_started()
+            clock[0] += 1.0
+            r.wait_ended()
             clock[0] += 10.0
             r.batch_ended(torch.tensor(1.0), 44, None)
-            if _ == 0:
-                r.idle()
         r.step_ended(step, 0)
         clock[0] += 0.5  # the callback's own work
-        r.idle()
     times = [(s.values.get("step_time_s"), s.values.get("data_wait_s")) for s in r.drain()]
-    # 0.5 s of callbacks, twice 1 s of waiting, twice 10 s of work
-    assert times == [(None, None), (22.5, 2.0), (None, None), (22.5, 2.0)]
+    # twice 0.25 s and once 0.5 s of callbacks, twice 1 s of waiting, twice 10 s of work
+    assert times == [(None, None), (23.0, 2.0), (None, None), (23.0, 2.0)]
 
 
 def test_rates_are_counts_over_time(clock: list[float]) -> None:
@@ -128,11 +126,11 @@ def test_rates_are_counts_over_time(clock: list[float]) -> None:
         clock[0] += 4.0
         r.batch_ended(None, 100, 8)
         r.step_ended(step, 0)
-        r.idle()
     first, second = r.drain()
     assert "tokens_per_second" not in first.values
     assert second.values["tokens_per_second"] == 25.0
     assert second.values["samples_per_second"] == 2.0
+    assert "data_wait_s" not in second.values
 
 
 def test_a_module_that_logs_loss_itself_does_not_replace_the_measured_one() -> None:
@@ -156,11 +154,11 @@ def test_nothing_is_read_from_the_device_before_a_drain(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.Tensor, name, spy)
     r = recorder()
     for step in range(20):
-        r.batch_started()
+        r.wait_started()
+        r.wait_ended()
         r.before_optimizer_step("learning_rate", 0.1, gradients([3.0], [4.0]))
         r.batch_ended(torch.tensor(1.0), 10, 2)
         r.step_ended(step, 0)
-        r.idle()
     assert reads == []
     assert len(r.drain()) == 20
     assert reads == ["tolist"]
@@ -198,7 +196,6 @@ def steps(
             r.batch_ended(torch.tensor(loss) if loss is not None else None, tokens, None)
             r.before_optimizer_step("learning_rate", 0.1, gradients([norm]) if norm is not None else [])
             r.step_ended(step, 0)
-            r.idle()
 
     return feed
 
