@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.chat_prompts import read_prompts
 from ryzen_llm.decoding import WEIGHTS, Generator, SpeculativeDecoder
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import load_pretrained
+from ryzen_llm.interop import load_drafters, load_pretrained
 
 SHARED = ("model", "prompts", "texts", "prompt_tokens", "new_tokens", "width", "batch", "compile")
 
@@ -67,9 +67,13 @@ def main(arguments: list[str]) -> None:
             name = drafter.partition(":")[0]
             if name in runs:
                 continue  # by an earlier part
-            decoder = SpeculativeDecoder(
-                generator, [] if drafter == "none" else drafter, widths=[options.width]
+            drafters = load_drafters(
+                [] if drafter == "none" else [drafter],
+                model,
+                weights=options.weights,
+                compile=options.compile,
             )
+            decoder = SpeculativeDecoder(generator, drafters, widths=[options.width])
             ids = _decode(decoder, prompts, options, console, f"{cache}, {name}")
             runs[name] = {"texts": len(ids), "tokens": ids.numel(), "hashes": [_hash(text) for text in ids]}
             runs[name]["same_texts"] = sum(map(operator.eq, runs[name]["hashes"], runs["none"]["hashes"]))

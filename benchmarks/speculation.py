@@ -35,7 +35,7 @@ from ryzen_llm.decoding import (
     Step,
 )
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import load_pretrained
+from ryzen_llm.interop import load_drafters, load_pretrained
 from ryzen_llm.model import Transformer
 
 Arm = Callable[[Tensor], tuple[list[int], Counter[str]]]
@@ -125,7 +125,13 @@ def ours(
     for drafters in options.drafters:
         names = drafters.split(",")
         label = "+".join(name.partition(":")[0] for name in names)
-        chosen = [WrongDrafter() if name == WrongDrafter.name else name for name in names]
+        wrong: list[str | Drafter] = [WrongDrafter() for name in names if name == WrongDrafter.name]
+        chosen = wrong + load_drafters(
+            [name for name in names if name != WrongDrafter.name],
+            model,
+            weights=options.weights,
+            compile=not options.eager,
+        )
         engines[f"{label} {options.weights}"] = SpeculativeDecoder(generator, chosen, widths=options.widths)
     arms: dict[str, Arm] = {}
     for name, engine in engines.items():

@@ -12,11 +12,10 @@ import torch
 
 from ryzen_llm.cache import CACHES
 from ryzen_llm.data import StreamDecoder, Tokenizer
-from ryzen_llm.decoding import DRAFTERS, WEIGHTS, Drafter, DraftModelDrafter, Generation, Generator
+from ryzen_llm.decoding import DRAFTER_NAMES, WEIGHTS, Generation, Generator
 from ryzen_llm.decoding.sampling import SEEDS
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import load_pretrained, render_chat
-from ryzen_llm.model import Transformer
+from ryzen_llm.interop import load_drafters, load_pretrained, render_chat
 from ryzen_llm.pipeline import exit_with
 
 MOST_TOGETHER = 32
@@ -54,7 +53,7 @@ def main(arguments: list[str]) -> int:
         "--drafter",
         action="append",
         metavar="NAME[:PATH]",
-        help=f"decode speculatively, the same text sooner: {', '.join(DRAFTERS)}:PATH or draft_model:PATH; "
+        help=f"decode speculatively, the same text sooner: {DRAFTER_NAMES}; "
         "may be given several times, to choose from at each step",
     )
     parser.add_argument(
@@ -69,7 +68,9 @@ def main(arguments: list[str]) -> int:
         generator = Generator(
             model,
             cache=options.cache,
-            drafter=[_drafter(name, model) for name in options.drafter or ()],
+            drafter=load_drafters(
+                options.drafter or (), model, weights=options.weights, compile=options.compile
+            ),
             weights=options.weights,
             compile=options.compile,
         )
@@ -193,13 +194,6 @@ def _generate(
         stop_tokens=tokenizer.stop_ids,
         on_token=on_token,
     )
-
-
-def _drafter(name: str, model: Transformer) -> str | Drafter:
-    kind, _, path = name.partition(":")
-    if kind == "draft_model":
-        return DraftModelDrafter(load_pretrained(path)[0], model.config.vocab_size)
-    return name
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:

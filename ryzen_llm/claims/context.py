@@ -68,7 +68,7 @@ class Optimizations:
             bf16 over compressed bytes.
         kv_cache: Kind of compressed cache that is used and measured: int8, k8v4, int4, int4-sinks or fp8.
         drafters: Drafters that are used and measured, such as [suffix,recycling], the best at each step:
-            suffix, recycling, heads:PATH.
+            suffix, recycling, heads:PATH, draft_model:PATH.
     """
 
     enable_kernel_optimization: bool = True

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ryzen_llm.claims.context import ClaimContext
 from ryzen_llm.decoding import Generator, SpeculativeDecoder
+from ryzen_llm.interop import load_drafters
 
 PROMPTS = 4
 PROMPT_TOKENS = 32
@@ -41,7 +42,8 @@ def claim(context: ClaimContext) -> Claim:
         model = copy.deepcopy(context.model).to(context.device)
         weights = "bf16" if context.precision == "bf16-mixed" else "fp32"
         generator = Generator(model, weights=weights, compile=context.compile)
-        return generator, SpeculativeDecoder(generator, context.enabled.drafters)
+        drafters = load_drafters(context.enabled.drafters, model, weights=weights, compile=context.compile)
+        return generator, SpeculativeDecoder(generator, drafters)
 
     def plain() -> object:
         generator, _ = arms()

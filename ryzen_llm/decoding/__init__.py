@@ -1,7 +1,8 @@
 """Generating text with a model."""
 
 from ryzen_llm.decoding.drafters import (
-    DRAFTERS,
+    DRAFT_MODEL,
+    DRAFTER_NAMES,
     Draft,
     Drafter,
     DraftHeads,
@@ -22,7 +23,8 @@ from ryzen_llm.decoding.sampling import Sampling
 from ryzen_llm.decoding.speculative import SpeculativeDecoder
 
 __all__ = [
-    "DRAFTERS",
+    "DRAFTER_NAMES",
+    "DRAFT_MODEL",
     "WEIGHTS",
     "CacheChoice",
     "Draft",

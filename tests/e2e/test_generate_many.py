@@ -264,7 +264,10 @@ def test_drafters_change_the_speed_only(run: Run, directory: Path) -> None:
     ("options", "message"),
     [
         (["--prompt=a", "--drafter=eagle"], "unknown drafter 'eagle': choose of suffix"),
-        (["--prompt=a", "--drafter=heads:/nowhere"], "draft heads /nowhere: no such file"),
+        (
+            ["--prompt=a", "--drafter=heads:/nowhere"],
+            "drafter heads:/nowhere: no such file; expected heads:PATH",
+        ),
         (["--prompt=a", "--cache=int5"], "unknown cache 'int5': choose one of dense,"),
         (["--prompt=a", "--cache=fp8"], "fp8"),
         ([], "there is no prompt; give --prompt"),

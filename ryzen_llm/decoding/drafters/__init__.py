@@ -1,5 +1,6 @@
 """Drafters for speculative decoding. A new one is a file beside recycling.py, and one line in `DRAFTERS`."""
 
+import os
 from collections.abc import Callable, Sequence
 
 from ryzen_llm.decoding.drafters.base import Draft, Drafter, DraftSession, Step
@@ -13,9 +14,14 @@ from ryzen_llm.model import Transformer
 DRAFTERS: dict[str, Callable[[str, Transformer, bool], Drafter]] = {
     "suffix": lambda path, model, compile: SuffixDrafter(),
     "recycling": lambda path, model, compile: RecyclingDrafter(),
-    "heads": lambda path, model, compile: HeadsDrafter(DraftHeads.load(path), model, compile),
+    "heads": lambda path, model, compile: HeadsDrafter(DraftHeads.load(_expanded(path)), model, compile),
 }
 """By name: from what stands after a colon in it, the model that is drafted for, and whether to compile."""
+DRAFT_MODEL = DraftModelDrafter.name
+"""A name, too, before the path of a model, which `interop.load_drafters` reads."""
+DRAFTER_NAMES = f"suffix, recycling, heads:PATH, {DRAFT_MODEL}:PATH"
+"""For messages."""
+_WITH_PATH = ("heads", DRAFT_MODEL)
 
 
 def build_drafters(
@@ -23,7 +29,7 @@ def build_drafters(
 ) -> list[Drafter]:
     """The drafters by name, "heads:PATH" for heads of that file, or as they are given.
 
-    Raises InputError for an unknown or a repeated name, and as the drafters do.
+    Raises InputError as `check_drafters` and the drafters do.
     """
     choices = [choice] if isinstance(choice, str | Drafter) else list(choice)
     check_drafters([each for each in choices if isinstance(each, str)])
@@ -31,6 +37,8 @@ def build_drafters(
     for each in choices:
         if isinstance(each, str):
             name, _, path = each.partition(":")
+            if name == DRAFT_MODEL:
+                raise InputError(f"drafter {each}: give what interop.load_drafters makes of it")
             each = DRAFTERS[name](path, model, compile)
         drafters.append(each)
     _check_once([drafter.name for drafter in drafters])
@@ -38,15 +46,21 @@ def build_drafters(
 
 
 def check_drafters(choices: Sequence[str]) -> None:
-    """Raise InputError for a name that is not in `DRAFTERS`, or is there twice."""
-    names = [each.partition(":")[0] for each in choices]
-    for name in names:
-        if name not in DRAFTERS:
-            raise InputError(
-                f"unknown drafter {name!r}: choose of {', '.join(DRAFTERS)}:PATH, or give a Drafter, such as "
-                "DraftModelDrafter"
-            )
-    _check_once(names)
+    """Raise InputError for a name that is unknown or there twice, and for a path where there is nothing."""
+    for each in choices:
+        name, colon, path = each.partition(":")
+        if name not in (*DRAFTERS, DRAFT_MODEL):
+            raise InputError(f"unknown drafter {name!r}: choose of {DRAFTER_NAMES}, or give a Drafter")
+        if name in _WITH_PATH:
+            if not path or not os.path.exists(_expanded(path)):
+                raise InputError(f"drafter {each}: no such file; expected {name}:PATH")
+        elif colon:
+            raise InputError(f"drafter {each}: {name} takes no path")
+    _check_once([each.partition(":")[0] for each in choices])
+
+
+def _expanded(path: str) -> str:
+    return os.path.expanduser(path)  # what follows a colon, shells leave as it is
 
 
 def _check_once(names: Sequence[str]) -> None:
@@ -57,6 +71,8 @@ def _check_once(names: Sequence[str]) -> None:
 
 __all__ = [
     "DRAFTERS",
+    "DRAFTER_NAMES",
+    "DRAFT_MODEL",
     "Draft",
     "DraftHeads",
     "DraftModelDrafter",

@@ -164,7 +164,14 @@ def test_speculation_is_measured_on_the_same_texts_both_ways(
 
 @pytest.mark.parametrize(
     ("drafters", "message"),
-    [((), "drafters is empty"), (("eagle",), "unknown drafter 'eagle'"), (("suffix",) * 2, "there 2 times")],
+    [
+        ((), "drafters is empty"),
+        (("eagle",), "unknown drafter 'eagle'"),
+        (("suffix",) * 2, "there 2 times"),
+        (("suffix:a",), "suffix takes no path"),
+        (("heads",), "drafter heads: no such file; expected heads:PATH"),
+        (("draft_model:/nowhere",), "drafter draft_model:/nowhere: no such file; expected draft_model:PATH"),
+    ],
 )
 def test_drafters_that_cannot_work_are_named(drafters: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ryzen_llm.decoding import Draft, Drafter, DraftModelDrafter, RecyclingDrafter, Step, SuffixDrafter
+from ryzen_llm.decoding import (
+    Draft,
+    Drafter,
+    DraftModelDrafter,
+    Generator,
+    RecyclingDrafter,
+    Step,
+    SuffixDrafter,
+)
 from ryzen_llm.decoding.drafters.recycling import CONTEXTS
 from ryzen_llm.decoding.drafters.suffix_automaton import SuffixAutomaton
 from ryzen_llm.model import ModelConfig, Transformer
@@ -155,7 +163,8 @@ def test_a_draft_model_goes_on_where_the_text_is_what_it_has_read() -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
     config = ModelConfig(vocab_size=50, max_position_embeddings=64, **shape)
-    session = DraftModelDrafter(Transformer(config), 50).begin([1, 2, 3], HIDDEN)
+    generator = Generator(Transformer(config), weights="fp32")
+    session = DraftModelDrafter(generator, 50).begin([1, 2, 3], HIDDEN)
     tokens = list(session.propose(4).tokens)
     session.update(step([], [], tokens[:1]))
     assert list(session.propose(3).tokens) == tokens[1:]

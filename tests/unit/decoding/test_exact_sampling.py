@@ -157,7 +157,7 @@ def test_generated_texts_follow_the_joint_distribution(
     heads = DraftHeads(HeadsConfig(model.config.hidden_size, 16, 3), torch.arange(5)).eval()
     drafter = {
         "heads": HeadsDrafter(heads, generator.model),
-        "draft_model": DraftModelDrafter(other, 5),
+        "draft_model": DraftModelDrafter(Generator(other, weights="fp32"), 5),
         "right": Adversary("right", oracle([*prompt.tolist(), *likeliest])),
         "repeating": Adversary("repeating", repeating),
         "end of text": Adversary("end of text", always(0)),

@@ -63,9 +63,13 @@ def drafters(model: Transformer, truth: list[int]) -> dict[str, Any]:
     return {
         "suffix": "suffix",
         "recycling": "recycling",
-        "all": ["suffix", "recycling", DraftModelDrafter(build(1, num_layers=1), 101)],
+        "all": [
+            "suffix",
+            "recycling",
+            DraftModelDrafter(Generator(build(1, num_layers=1), weights="fp32"), 101),
+        ],
         "with a corpus": SuffixDrafter([*corpus, *truth]),
-        "itself": DraftModelDrafter(model, 101),
+        "itself": DraftModelDrafter(Generator(model, weights="fp32"), 101),
         "right": Adversary("right", oracle(truth)),
         "wrong": Adversary("wrong", oracle(truth, shift=1, vocab_size=101)),
         "repeating": Adversary("repeating", repeating),
@@ -285,4 +289,4 @@ def test_settings_that_cannot_work_are_named(
 
 def test_a_draft_model_of_another_vocabulary_is_refused() -> None:
     with pytest.raises(InputError, match="has 50 tokens, the model's 101"):
-        DraftModelDrafter(build(0, vocab_size=50), 101)
+        DraftModelDrafter(Generator(build(0, vocab_size=50), weights="fp32"), 101)
