@@ -462,7 +462,7 @@ void check(const Call& call, const Tensor& queries, const Tensor& new_keys, cons
                         x->size(2) == call.time && x->size(3) == call.queries.width,
                     "append_and_attend: queries, keys or values are ", shape(*x), " ", x->scalar_type(),
                     ", expected fp32 or bf16, all of one type, batch, time and width");
-  STD_TORCH_CHECK(call.rows > 0 && call.queries.heads == call.groups * call.kv_heads &&
+  STD_TORCH_CHECK(call.batch > 0 && call.rows > 0 && call.queries.heads == call.groups * call.kv_heads &&
                       call.values.given.heads == call.kv_heads &&
                       positions.dim() == 2 && positions.scalar_type() == ScalarType::Long &&
                       positions.size(1) == call.time &&

@@ -63,34 +63,35 @@ def _partial_contexts(
     contexts = q.new_empty(batch, kv_heads, splits, rows, head_dim, dtype=torch.float32)
     logsumexps = q.new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
     arguments = [argument for stored in (keys, values) for argument in _arguments(stored)]
-    attend_split[(batch * kv_heads, splits)](
-        q,
-        *arguments,
-        positions,
-        contexts,
-        logsumexps,
-        kv_heads,
-        rows,
-        time,
-        positions.stride(0) if positions.shape[0] > 1 else 0,
-        slots,
-        split,
-        ring,
-        window,
-        skipped,
-        head_dim**-0.5,
-        K_KIND=_kind(keys),
-        K_SCALE=keys.scale is not None,
-        K_MINIMUM=keys.minimum is not None,
-        V_KIND=_kind(values),
-        V_SCALE=values.scale is not None,
-        V_MINIMUM=values.minimum is not None,
-        KEY_DIM=width,
-        HEAD_DIM=head_dim,
-        ROWS=max(16, triton.next_power_of_2(rows)),
-        BLOCK=block,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(q):  # Triton starts kernels on the current device
+        attend_split[(batch * kv_heads, splits)](
+            q,
+            *arguments,
+            positions,
+            contexts,
+            logsumexps,
+            kv_heads,
+            rows,
+            time,
+            positions.stride(0) if positions.shape[0] > 1 else 0,
+            slots,
+            split,
+            ring,
+            window,
+            skipped,
+            head_dim**-0.5,
+            K_KIND=_kind(keys),
+            K_SCALE=keys.scale is not None,
+            K_MINIMUM=keys.minimum is not None,
+            V_KIND=_kind(values),
+            V_SCALE=values.scale is not None,
+            V_MINIMUM=values.minimum is not None,
+            KEY_DIM=width,
+            HEAD_DIM=head_dim,
+            ROWS=max(16, triton.next_power_of_2(rows)),
+            BLOCK=block,
+            num_warps=4,
+        )
     return contexts, logsumexps
 
 

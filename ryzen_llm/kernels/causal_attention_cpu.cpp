@@ -193,7 +193,7 @@ struct Forward {
     for (int64_t c = 0; c < seen; c += LANES)
       most = _mm512_mask_max_ps(most, lanes(first + c, begin, end), most, _mm512_load_ps(row + c));
     const float before = largest[r];
-    const float now = std::max(before, _mm512_reduce_max_ps(most) * scale);
+    const float found = _mm512_reduce_max_ps(most) * scale, now = found <= before ? before : found;  // NaN is kept
     if (now == -INFINITE) {  // it sees none of these keys, and has seen none
       std::fill_n(&weights[r * CHUNK], seen, uint16_t{0});
       return;

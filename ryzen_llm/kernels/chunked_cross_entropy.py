@@ -21,9 +21,9 @@ def chunked_cross_entropy(
     `hidden_states` is (..., size), `head` maps (rows, size) to (rows, vocab), and `targets` (...) is int64,
     -100 where nothing counts. As in `linear_cross_entropy`, each chunk of rows makes its logits, its loss and
     at once its gradients, those of `parameters` (all that `head` trains) included; backward only scales.
-    Returns a scalar loss, fp32 or wider, and a scalar int64 count.
+    Returns a scalar loss, fp32 or wider, which can be differentiated once, and a scalar int64 count.
     """
-    x, flat = hidden_states.flatten(0, -2), targets.flatten()
+    x, flat = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.flatten()
     trained = [p for p in parameters if p.requires_grad]
     gradients = torch.is_grad_enabled() and (x.requires_grad or bool(trained))
     if gradients:
@@ -36,11 +36,12 @@ def chunked_cross_entropy(
 def _in_chunks(
     head: Head, targets: Tensor, x: Tensor, trained: list[Tensor], gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    kept = (targets >= 0).sum()
+    # NaN where nothing is kept, also without any row.
+    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device) / kept
     correct = torch.zeros((), dtype=torch.int64, device=x.device)
     dx = torch.empty_like(x)
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
-    kept = (targets >= 0).sum()
     with torch.no_grad():
         vocab = head(x[:1]).shape[-1]
     rows = slab_rows(len(x), vocab, 4, x.device)
@@ -72,4 +73,6 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph
+            raise RuntimeError("chunked_cross_entropy can be differentiated once; compute all logits instead")
         return None, None, *((g * upstream[0]).to(g.dtype) for g in ctx.saved_tensors)

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from filelock import FileLock
 
 
 def compile_beside(module_file: str, otherwise: str, **shapes: Callable[..., object]) -> bool:
@@ -23,18 +24,23 @@ def compile_beside(module_file: str, otherwise: str, **shapes: Callable[..., obj
     Returns False, with a warning that ends in `otherwise`, where that fails: it needs a C++ compiler and
     ninja.
     """
-    from torch.utils.cpp_extension import load
-
     source = Path(module_file).with_suffix(".cpp")
     processor = torch.backends.cpu.get_cpu_capability().replace(" ", "_")  # "NO AVX"
     logging.getLogger(__name__).info("compiling %s", source.name)
     # Where pip has put ninja, an environment that is not activated does not look.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
+    name = f"ryzen_llm_{source.stem}_{processor.lower()}"  # a home may be shared by machines
     try:
-        with patch.dict(os.environ, PATH=path):
+        from torch.utils.cpp_extension import _get_build_directory, load
+
+        folder = Path(_get_build_directory(name, False))
+        with patch.dict(os.environ, PATH=path), FileLock(folder / "ryzen_llm.lock"):
+            # PyTorch's own lock, for which it would wait forever, is of a process that was killed.
+            (folder / "lock").unlink(missing_ok=True)
             load(
-                name=f"ryzen_llm_{source.stem}_{processor.lower()}",  # a home may be shared by machines
+                name=name,
                 sources=[str(source)],
+                build_directory=str(folder),
                 extra_cflags=["-O3", "-fopenmp", f"-DFOR_{processor}"],
                 is_python_module=False,
             )

@@ -10,6 +10,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     `logits` is (..., vocab) of any floating dtype, `targets` (...) int64. Returns the loss, a scalar fp32
     tensor, and the number of targets that have the largest logit, a scalar int64 tensor.
     """
-    logits, targets = logits.flatten(0, -2), targets.flatten()
+    logits, targets = logits.reshape(-1, logits.shape[-1]), targets.flatten()
     num_correct = (logits.detach().argmax(-1) == targets).sum()
     return F.cross_entropy(logits.float(), targets), num_correct

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels.compilation import shared_compilations
 from ryzen_llm.kernels.hardware import cpu_caches
 
 Reduction = Literal["mean", "sum", "none"]
@@ -54,7 +55,8 @@ def linear_cross_entropy(
     PyTorch. Returns the loss, a scalar or with ``reduction="none"`` shaped like `targets`, and a scalar int64
     count. "none" makes the logits a second time in backward. On a CPU, `compiled` has Inductor make one loop
     of the softmax, for which PyTorch's own ops read the logits seven times. `slab_scale` multiplies the
-    memory of a chunk's logits. Raises InputError for shapes or settings that do not fit.
+    memory of a chunk's logits. It can be differentiated once. Raises InputError for shapes or settings that
+    do not fit.
     """
     if weight.dim() != 2 or hidden_states.shape[-1] != weight.shape[1]:
         raise InputError(
@@ -72,7 +74,7 @@ def linear_cross_entropy(
         )
     if torch.is_autocast_enabled(hidden_states.device.type):
         hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
-    x, flat = hidden_states.flatten(0, -2), targets.flatten()
+    x, flat = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.flatten()
     kept = flat != ignore_index
     labels = torch.where(kept, flat, 0)
     if reduction == "none":
@@ -82,7 +84,7 @@ def linear_cross_entropy(
         gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         weights = kept.to(torch.promote_types(x.dtype, torch.float32))
         # At once, where fp16 would not lose small gradients by it: backward then has nothing to scale by.
-        divided = reduction == "mean" and x.dtype != torch.float16
+        divided = reduction == "mean" and x.dtype != torch.float16 and len(x) > 0
         if divided:
             weights /= weights.sum()
         loss, predictions, _, _ = _total(
@@ -122,7 +124,8 @@ def _total(
     losses, predictions, dx, dw = _in_chunks(
         x, weight, targets, row_weights, label_smoothing, z_loss, compiled, slab_scale, gradients
     )
-    return (losses * row_weights).sum(), predictions, dx, dw
+    weighted = torch.where(row_weights == 0, 0, losses * row_weights)  # what is left out may be no number
+    return weighted.sum(), predictions, dx, dw
 
 
 @_total.register_fake
@@ -146,7 +149,13 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # in a backward by create_graph, where dx and dw would count as constants
+        raise RuntimeError("linear_cross_entropy can be differentiated once; compute all logits instead")
+
+
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
     if upstream is None:
         return (None,) * 9
     dx, dw = ctx.saved_tensors
@@ -200,6 +209,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _recompute(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
     if upstream is None:
         return (None,) * 7
     x, weight, targets = ctx.saved_tensors
@@ -303,9 +313,11 @@ def _softmax_compiled(
 ) -> None:
     # Not in the loop: an index out of bounds would end the process there, and raises here.
     target_logits = logits.gather(-1, targets[:, None]).to(losses.dtype)
-    with torch.no_grad():
-        loop, settings = _softmax_loop(), (label_smoothing, z_loss, gradients)
-        loop(logits, target_logits, targets, row_weights, *settings, losses, predictions)
+    # Tensors unless zero, for which less is computed: Dynamo would compile for each number anew.
+    smoothing, z = (losses.new_tensor(value) if value else 0.0 for value in (label_smoothing, z_loss))
+    with torch.no_grad(), shared_compilations():
+        loop = _softmax_loop()
+        loop(logits, target_logits, targets, row_weights, smoothing, z, gradients, losses, predictions)
 
 
 @functools.cache
@@ -315,8 +327,8 @@ def _softmax_loop() -> Callable[..., None]:
         target_logits: Tensor,
         targets: Tensor,
         row_weights: Tensor,
-        label_smoothing: float,
-        z_loss: float,
+        label_smoothing: Tensor | float,
+        z_loss: Tensor | float,
         gradients: bool,
         losses: Tensor,
         predictions: Tensor,
@@ -325,7 +337,7 @@ def _softmax_loop() -> Callable[..., None]:
         largest = block.amax(-1, keepdim=True)
         lse = (block - largest).exp().sum(-1, keepdim=True).log() + largest
         loss = lse - (1 - label_smoothing) * target_logits + z_loss * lse.square()
-        if label_smoothing:
+        if isinstance(label_smoothing, Tensor):
             loss -= label_smoothing * block.mean(-1, keepdim=True)
         losses.copy_(loss.squeeze(-1))
         columns = torch.arange(vocab, dtype=torch.int32, device=block.device)  # vectorised, as argmax is not

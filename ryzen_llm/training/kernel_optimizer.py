@@ -102,7 +102,7 @@ class KernelOptimizer:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{op}-{digest}.json"
         try:
-            return _read(path) or self._measure(op, key, path)
+            return _read(path, self.workload) or self._measure(op, key, path)
         except Exception as error:
             return OpChoice(op=op, choice=AUTOMATIC, reason=f"not measured: {type(error).__name__}: {error}")
 
@@ -119,7 +119,8 @@ class KernelOptimizer:
             except OSError as error:
                 warnings.warn(f"{self.folder}: kernel choices are not kept ({error})", stacklevel=2)
                 writable = False
-            if writable and (found := _read(path)):  # another process has measured it meanwhile
+            found = _read(path, self.workload) if writable else None
+            if found:  # another process has measured it meanwhile
                 return found
             fatal = marker.read_text(encoding="utf-8") if writable and marker.exists() else None
 
@@ -175,11 +176,12 @@ def _quietly(
             torch.cuda.empty_cache()
 
 
-def _read(path: Path) -> OpChoice | None:
-    """The choice kept there, None where there is none or it cannot be used."""
+def _read(path: Path, work: Workload) -> OpChoice | None:
+    """The choice kept there, None where there is none or it cannot be used, or not here."""
     try:
         kept = OpChoice.model_validate(json.loads(path.read_text(encoding="utf-8"))["choice"])
-        KernelChoices(**{kept.op: kept.choice})
+        if CANDIDATES[kept.op][kept.choice].unsuited(work):  # the folder may be of several machines
+            return None
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None  # measured again, and written anew
     return kept.model_copy(update={"measured_now": False})
@@ -193,6 +195,7 @@ def _key(op: str, work: Workload) -> dict[str, Any]:
         "op": op,
         "workload": sizes,
         "device": environment["device"] if work.device.type == "cuda" else environment["cpu"],
+        "cpu_capability": environment["cpu_capability"],
         "threads": environment["threads"],
         "torch": environment["torch"],
         "cuda": environment["cuda"],

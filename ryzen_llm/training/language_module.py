@@ -55,7 +55,7 @@ class LanguageModule(ScheduledModule):
         self.model.document_separator = document_separator
         self.optimizer_config = optimizer or OptimizerConfig()
         self.compile_blocks = compile
-        self.mean_loss = MeanMetric()
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)  # which stays: it would be left out
         self.accuracy = MeanMetric()
 
     def configure_model(self) -> None:

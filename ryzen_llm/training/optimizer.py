@@ -100,12 +100,17 @@ class ScheduledModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Set the first step's learning rate."""
-        if self.trainer.global_step == 0:
-            for scheduled in self.trainer.lr_scheduler_configs:
-                schedule = scheduled.scheduler
-                for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-                    group["lr"] = peak * self._factor(0)
+        """Set the first step's learning rate, also of a resumed run, whose schedule may be another one."""
+        for scheduled in self.trainer.lr_scheduler_configs:
+            schedule = scheduled.scheduler
+            for group, peak in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = peak * self._factor(self.trainer.global_step)
 
     def _factor(self, step: int) -> float:
-        return self.optimizer_config.factor(step, int(self.trainer.estimated_stepping_batches))
+        total_steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(total_steps):
+            raise InputError(
+                "the learning rate's schedule ends with the run, which has no end: set trainer.max_steps or "
+                "trainer.max_epochs"
+            )
+        return self.optimizer_config.factor(step, int(total_steps))

@@ -111,6 +111,8 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # Python before 3.11.4 names an enum's member with it
             return _memory_format
+        if module == "pathlib._local":  # Python 3.13's, which no other has
+            module = "pathlib"
         if (module, name) not in self._KNOWN:
             raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)

@@ -339,6 +339,15 @@ def test_what_does_not_fit_is_refused_and_nothing_written(wrong: dict[str, Any],
     assert all(torch.equal(x, y) for x, y in zip(before, case.layer.tensors, strict=True))
 
 
+def test_a_batch_of_no_texts_is_refused() -> None:
+    """It ended the process: a slot of none of them has no bytes."""
+    assert is_in_cpp()
+    texts, fp32 = torch.zeros(0, 2, 1, 64), torch.float32
+    memory, positions = torch.zeros(0, dtype=torch.uint8), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        append_and_attend(texts, texts, texts, memory, (fp32, fp32, fp32), positions)
+
+
 def test_memory_and_sinks_that_do_not_fit_are_refused() -> None:
     case = Case("int4-sinks", length=20)
     layer, new, positions = case.layer, case.vectors(1), case.positions(1)

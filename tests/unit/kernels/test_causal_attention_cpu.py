@@ -116,6 +116,16 @@ def test_a_nan_reaches_everything_that_sees_it() -> None:
         assert which != 0 or not missing[71:].any()
 
 
+@pytest.mark.parametrize("at", [0, 3, 243, 255, 300])
+def test_a_nan_is_not_lost_between_chunks(at: int) -> None:
+    """Of 256 keys, where a chunk's largest score is found: whatever lane of the last vector it is in."""
+    assert is_in_cpp()
+    q, k, v = (x.detach() for x in draw(1, 1, 1, 600, 32))
+    k[0, 0, at, 3] = math.nan
+    missing = attend(q, k, v).isnan().any(-1)[0, 0]
+    assert missing.tolist() == [t >= at for t in range(600)]
+
+
 def test_nothing_gives_nothing() -> None:
     for batch, time in ((0, 5), (2, 0)):
         inputs = draw(batch, 2, 1, time, 32)

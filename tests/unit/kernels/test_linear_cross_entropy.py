@@ -162,6 +162,50 @@ def test_all_ignored_is_nan_as_in_pytorch_and_counts_nothing() -> None:
     assert num_correct == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_the_mean_over_no_rows_is_nan_as_in_pytorch(dtype: torch.dtype) -> None:
+    x, weight, targets = inputs(0, 4, 5)
+    assert linear_cross_entropy(x.to(dtype), weight.to(dtype), targets)[0].isnan()
+
+
+def test_one_row_without_a_batch() -> None:
+    x, weight, targets = inputs(1, 4, 5)
+    loss, _ = linear_cross_entropy(x[0], weight, targets[0])
+    torch.testing.assert_close(loss, formula(x, weight, targets), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_ignored_row_counts_for_nothing_whatever_it_holds(reduction: Any) -> None:
+    x, weight, targets = inputs(6, 4, 5)
+    targets[2] = -100
+    expected = formula(x, weight, targets, reduction=reduction)
+    x[2] = torch.nan
+    loss, _ = linear_cross_entropy(x, weight, targets, reduction=reduction)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_second_derivative_is_refused_rather_than_wrong(reduction: Any) -> None:
+    x, weight, targets = inputs(6, 4, 5)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    loss, _ = linear_cross_entropy(*leaves, targets, reduction=reduction)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(loss.sum(), x, create_graph=True)
+
+
+def test_the_compiled_loop_takes_more_settings_than_dynamo_compiles_of_one_function() -> None:
+    """A schedule of the smoothing, and training and validation in several dtypes, in one process."""
+    for step in range(6):
+        for gradients in (True, False):
+            x, weight, targets = inputs(13, 7, 11)
+            smoothing = 0.1 * step
+            loss, _ = linear_cross_entropy(
+                x.requires_grad_(gradients), weight, targets, compiled=True, label_smoothing=smoothing
+            )
+            exact = formula(x, weight, targets, label_smoothing=smoothing)
+            torch.testing.assert_close(loss, exact, atol=1e-12, rtol=1e-10)
+
+
 def test_what_does_not_fit_is_named() -> None:
     x, weight, targets = inputs(3, 4, 5)
     with pytest.raises(InputError, match="hidden_states are"):

@@ -1,6 +1,10 @@
 """The product of one x with packed rows in C++: every width against fp64, and where it is not taken."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +103,23 @@ def test_without_a_compiler_it_is_said_and_left_out(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "cpu_features", lambda: dataclasses.replace(cpu_features(), avx2=True))
     with pytest.warns(UserWarning, match=r"packed_dot.cpp could not be compiled.*Ninja is required"):
         assert not suits(64, 4)
+
+
+def test_without_what_pytorch_compiles_with_it_is_said_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its module needs setuptools, which no Python from 3.12 on brings along."""
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    monkeypatch.setattr(module, "_is_compiled", module._is_compiled.__wrapped__)
+    monkeypatch.setattr(module, "cpu_features", lambda: dataclasses.replace(cpu_features(), avx2=True))
+    with pytest.warns(UserWarning, match=r"packed_dot.cpp could not be compiled"):
+        assert not suits(64, 4)
+
+
+@needs_avx2
+def test_a_process_that_was_killed_while_it_compiled_does_not_stop_the_next(tmp_path: Path) -> None:
+    """PyTorch's lock is a file that only its owner deletes: the next would wait for it forever."""
+    command = [sys.executable, "-c", "from ryzen_llm.kernels import packed_dot as m; assert m.suits(64, 4)"]
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    (built,) = tmp_path.rglob("build.ninja")
+    built.with_name("lock").touch()  # as it is left behind
+    subprocess.run(command, env=environment, check=True, timeout=60)

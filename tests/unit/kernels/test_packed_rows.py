@@ -42,6 +42,22 @@ def test_the_compiled_decoding_step_gives_the_same() -> None:
     torch.testing.assert_close(got.double(), x.double() @ values.T, atol=1e-3, rtol=1e-5)
 
 
+def test_chunked_cross_entropy_of_no_rows_is_nan_and_of_one_without_a_batch_its_loss() -> None:
+    head = torch.nn.Linear(3, 5, bias=False)
+    x, targets = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 5
+    assert chunked_cross_entropy(head, x[:0], targets[:0], [head.weight])[0].isnan()
+    loss, _ = chunked_cross_entropy(head, x[3], targets[3], [head.weight])
+    torch.testing.assert_close(loss, -head(x[3]).log_softmax(-1)[3])
+
+
+def test_a_second_derivative_of_chunked_cross_entropy_is_refused_rather_than_wrong() -> None:
+    head = torch.nn.Linear(3, 5, bias=False)
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss, _ = chunked_cross_entropy(head, x, torch.arange(6) % 5, [head.weight])
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
 def test_chunked_cross_entropy_has_the_loss_and_gradients_of_all_logits_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.errors import InputError
-from ryzen_llm.kernels import CANDIDATES, PLAIN, KernelChoices, swiglu
+from ryzen_llm.kernels import CANDIDATES, PLAIN, KernelChoices, Workload, swiglu
 from ryzen_llm.kernels.candidates import Candidate
 from ryzen_llm.kernels.regions import REGIONS
 from ryzen_llm.model import ModelConfig, Transformer
@@ -195,6 +195,33 @@ def test_without_the_time_for_all_forms_none_is_preferred_for_having_been_first(
     assert choice.choice == "automatic"
     assert choice.reason == "no time was left to try it"
     assert choose(model, tmp_path).choice == "fast", "the next run measures"
+
+
+def test_a_kept_choice_that_does_not_suit_here_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be shared with a machine of the same processor, but of more memory."""
+
+    def needs_memory(work: Workload) -> str | None:
+        return "too large" if work.memory_bytes == 64 else None
+
+    forms = {"slow": Candidate(slow), "slow, too": Candidate(slow), "fast": Candidate(swiglu, needs_memory)}
+    monkeypatch.setitem(CANDIDATES, "swiglu", forms)  # type: ignore[arg-type]
+    assert [choose(build(), tmp_path).choice for _ in range(2)] == ["fast", "fast"]
+    monkeypatch.setattr(Workload, "memory_bytes", 64)
+    choice = choose(build(), tmp_path)
+    assert choice.measured_now
+    assert choice.choice == "slow"
+
+
+def test_another_instruction_set_is_measured_by_itself(
+    forms: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ATEN_CPU_CAPABILITY may take PyTorch one away, and with it what was fastest."""
+    forms(slow=slow, fast=swiglu)
+    assert choose(build(), tmp_path).measured_now
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert choose(build(), tmp_path).measured_now
 
 
 def test_what_the_compiler_builds_for_itself_is_not_counted(

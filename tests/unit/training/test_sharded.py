@@ -81,6 +81,16 @@ def test_members_of_enums_are_read_as_every_python_writes_them(
             load_checkpoint(sharded)
 
 
+def test_a_path_is_read_as_python_3_13_writes_it(checkpoint: Checkpoint, sharded: Path) -> None:
+    """There its class is in another module."""
+    path = sharded / ".metadata"
+    content = path.read_bytes()
+    unframed = content[:2] + content[11:]  # whose length would be another
+    assert unframed.count(b"\x8c\x07pathlib") == 1
+    path.write_bytes(unframed.replace(b"\x8c\x07pathlib", b"\x8c\x0epathlib._local"))
+    assert_reads_as(sharded, checkpoint[0])
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "code in the list of tensors": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Payload())),
     "another list": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps({"a": 1})),
