@@ -69,10 +69,11 @@ def main(arguments: list[str]) -> None:
     model, tokenizer = load_pretrained(options.model, "bf16")
     model.float()  # the weights of bf16, but not its arithmetic, whose noise would cover what is measured
     ids = torch.tensor(tokenizer.encode(options.text.read_text(encoding="utf-8")))
-    half, needed = len(ids) // 2, options.windows * options.context
-    if half < max(needed, options.calibration_tokens):
+    half, size = len(ids) // 2, options.windows * options.context
+    needed = max(size, options.calibration_tokens)
+    if half < needed:
         raise InputError(f"--text has {len(ids)} tokens, expected {2 * needed}: give more text")
-    scored = ids[half : half + needed].view(-1, options.context)
+    scored = ids[half : half + size].view(-1, options.context)
     calibration = [ids[:half]]
     for path in options.also:
         calibration.append(torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"))))
@@ -80,6 +81,8 @@ def main(arguments: list[str]) -> None:
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     text = torch.cat([in_rows(part) for part in calibration])
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    if found.get("model", Path(options.model).name) != Path(options.model).name:
+        raise InputError(f"--out {options.out}: holds figures of {found['model']}; name another file")
     found |= {"benchmark": "embeddings", "model": Path(options.model).name}
     with console.status("calibrating"):
         started = time.perf_counter()

@@ -35,8 +35,9 @@ def main(arguments: list[str]) -> None:
         prog="benchmark.py kernels",
         description=__doc__,
         epilog="An op is measured among its neighbours in a block, compiled but for the arm 'eager', which "
-        "is its plainest form. GB/s count each input and output once forward and backward, so that an arm "
-        "that reads more gets a lower share; GFLOP/s leave out the masked half of attention.",
+        "is its plainest form, and for Liger-Kernel's, whose neighbours are eager, too. GB/s count each "
+        "input and output once forward and backward, so that an arm that reads more gets a lower share; "
+        "GFLOP/s leave out the masked half of attention.",
     )
     parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: 8)")

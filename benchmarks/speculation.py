@@ -41,7 +41,16 @@ from ryzen_llm.model import Transformer
 Arm = Callable[[Tensor], tuple[list[int], Counter[str]]]
 """A prompt (1, time) -> the new ids, and figures to be added up."""
 
-SHARED = ("model", "prompts", "per_category", "new_tokens", "longest_prompt", "threads")
+SHARED = (
+    "model",
+    "prompts",
+    "per_category",
+    "new_tokens",
+    "longest_prompt",
+    "threads",
+    "widths",
+    "eager",
+)
 """Settings that the parts of one measurement must share."""
 
 
@@ -169,7 +178,7 @@ def measure(
 ) -> dict[str, Any]:
     """Every arm on every prompt, prompt by prompt in random order; sums by category.
 
-    `same_ids` counts the texts that are the first arm's, token by token.
+    `same_ids` of the others counts the texts that are the first arm's, token by token.
     """
     found: dict[str, dict[str, Counter[str]]] = {name: {} for name in arms}
     order = list(arms)
@@ -189,8 +198,9 @@ def measure(
                     figures["prompt_tokens"] = prompt.shape[1]
                     figures["prompts"] = 1
                     found[name][category].update(figures)
-            for name, text in texts.items():
-                found[name][category]["same_ids"] += text == texts[next(iter(arms))]
+            first, *others = arms
+            for name in others:
+                found[name][category]["same_ids"] += texts[name] == texts[first]
     date = datetime.now(UTC).date().isoformat()
     return {
         name: {"date": date, "categories": {category: dict(figures) for category, figures in sums.items()}}

@@ -43,7 +43,8 @@ class Claim:
 
     Raises:
         ValueError: unknown measure, a quantity that does not go with it, a threshold or tolerance that is not
-            a finite number, or a missing arm.
+            a finite number, a threshold that everything meets (a speed-up or ratio of 0 or less) or nothing
+            does (a difference below 0), or a missing arm.
     """
 
     name: str
@@ -76,6 +77,10 @@ class Claim:
         for label, figure in (("threshold", self.threshold), ("tolerance", self.tolerance)):
             if not isinstance(figure, Real) or not math.isfinite(figure):
                 raise ValueError(f"claim {self.name!r}: {label} is {figure!r}, expected a finite number")
+        if self.quantity in ("speedup", "ratio") and self.threshold <= 0:
+            raise ValueError(f"claim {self.name!r}: threshold is {self.threshold}, expected more than 0")
+        if self.quantity == "difference" and self.threshold < 0:
+            raise ValueError(f"claim {self.name!r}: threshold is {self.threshold}, expected 0 or more")
         if not 0 <= self.tolerance < 1:
             raise ValueError(
                 f"claim {self.name!r}: tolerance is {self.tolerance}, expected 0 <= tolerance < 1"

@@ -17,7 +17,8 @@ from ryzen_callbacks.validator import OptimizationValidator
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time both commands in paired rounds, print the verdict; exit status 2 if they cannot be timed.
 
-    A report that cannot be written gives that, too: before anything is timed, if it can be known by then.
+    It is 130 after Ctrl-C. A report that cannot be written gives 2, too: before anything is timed, if it can
+    be known by then.
     """
     parser = argparse.ArgumentParser(prog="python -m ryzen_callbacks.compare", description=__doc__)
     parser.add_argument("baseline", help="command A, in quotes; run without a shell, its output thrown away")
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    report = validator.validate()
+    try:
+        report = validator.validate()
+    except KeyboardInterrupt:
+        return 130
     (result,) = report.results
     print(f"{result.status}: {result.message}", flush=True)
     if options.report is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -109,6 +110,7 @@ def _peak_memory(arm: Callable[[], Any], warmup: int) -> int:
         )
     for _ in range(warmup):
         arm()
+    gc.collect()  # what the other arm has left in cycles is not this one's
     torch.accelerator.synchronize()
     torch.accelerator.reset_peak_memory_stats()
     arm()

@@ -96,7 +96,10 @@ def _whole_records(reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str 
 
 def _step(text: str | None) -> int:
     try:
-        return int(float(text or ""))
+        step = float(text or "")
+        if step != int(step):
+            raise ValueError
+        return int(step)
     except (ValueError, OverflowError):
         raise ValueError(f"the step is {text!r}, expected a whole number") from None
 

@@ -6,9 +6,10 @@ so that the training step waits; here the checksums of all steps since the last 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +41,21 @@ def _record_head(length: int) -> bytes:
 
 def _event(step: Step, prefix: str, wall_time: float) -> bytes:
     head, packing, tags = _layout(tuple(step.values), prefix)
-    values = [part for pair in zip(tags, step.values.values(), strict=True) for part in pair]
+    try:
+        packed = _packed(packing, tags, step.values.values())
+    except OverflowError:
+        packed = _packed(packing, tags, map(_to_float32, step.values.values()))
     # Messages that are written one after the other are merged: the time and the step, then the summary.
-    return b"".join(
-        (Event(wall_time=wall_time, step=step.step).SerializeToString(), head, packing.pack(*values))
-    )
+    return b"".join((Event(wall_time=wall_time, step=step.step).SerializeToString(), head, packed))
+
+
+def _packed(packing: struct.Struct, tags: Sequence[bytes], values: Iterable[float]) -> bytes:
+    return packing.pack(*(part for pair in zip(tags, values, strict=True) for part in pair))
+
+
+def _to_float32(value: float) -> float:
+    """What float32 makes of a value, which is infinite beyond its range; `struct` refuses it there."""
+    return ctypes.c_float(value).value
 
 
 @functools.lru_cache(maxsize=64)

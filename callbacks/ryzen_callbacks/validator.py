@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from ryzen_callbacks.batch_hooks import BATCH_HOOKS, leave_out
 from ryzen_callbacks.claim import Claim
@@ -66,7 +67,7 @@ class OptimizationValidator(Callback):
             raise ValueError(f"warmup is {warmup}, expected 0 or more")
         if every_n_validations is not None and every_n_validations < 1:
             raise ValueError(f"every_n_validations is {every_n_validations}, expected 1 or more, or None")
-        if control_limit <= 1:
+        if not control_limit > 1:  # also where it is NaN
             raise ValueError(f"control_limit is {control_limit}, expected more than 1 (it is high / low)")
         self.claims = list(claims)
         _check_names(self.claims)
@@ -134,7 +135,8 @@ class OptimizationValidator(Callback):
             return
         try:
             if trainer.is_global_zero:
-                self._validate(self._with_claims_of(pl_module), self._destination)
+                with isolate_rng():  # training goes on with the numbers it would have drawn
+                    self._validate(self._with_claims_of(pl_module), self._destination)
         finally:  # whatever happened here, the other ranks are waiting
             trainer.strategy.barrier("OptimizationValidator")
 

@@ -86,7 +86,7 @@ def _how(context: ClaimContext) -> str:
 
 @functools.lru_cache(maxsize=1)  # the two claims measure the same
 def _made(model: Transformer, ratio: float, batch: torch.Tensor) -> QuantizedEmbedding:
-    calibration = calibrate(model, batch)
+    calibration = calibrate(model, batch[:, :-1])
     weight = model.embedding.dense_weight().float()
     tiers = allocate_bits(weight, calibration, int(2 * weight.numel() / ratio))
     return QuantizedEmbedding.from_dense(weight, calibration, bits=tiers)
@@ -97,7 +97,7 @@ def _compressed(context: ClaimContext) -> Transformer:
     if model.config.embedding != "dense":
         model.replace_embedding(model.embedding.compressed())
         return model
-    made = _made(context.model, context.enabled.embedding_ratio, context.train_batches[0][:, :-1])
+    made = _made(context.model, context.enabled.embedding_ratio, context.train_batches[0])
     return with_embedding(model, copy.deepcopy(made))
 
 

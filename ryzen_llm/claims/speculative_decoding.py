@@ -1,4 +1,4 @@
-"""The claims that speculative decoding is faster, and that it changes nothing."""
+"""The claim that speculative decoding is faster."""
 
 from __future__ import annotations
 

@@ -130,6 +130,8 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
     with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             text = _decode(lambda data, final: data.decode(), line, True, path, offset)
+            if number == 1:
+                text = text.removeprefix("\ufeff")  # a byte order mark
             offset += len(line)
             if not text.strip():
                 continue
@@ -158,6 +160,8 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
                 for row in batch.to_pylist():
                     number += 1
                     yield text_of_row(row, text_field, f"{path}, row {number}")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text after row {number} ({error.reason})") from error
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file ({error})") from error
 

@@ -1,6 +1,7 @@
 """Claims are measured within a run: at its end, on the trained module, and as often as asked."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,29 @@ def test_measuring_after_every_second_validation_and_at_the_end_with_gradients(
     assert measured_at == [32, 64, 80]
     assert validator.report is not None
     assert validator.report.summary.passed == 1
+
+
+class Dropped(Tiny):
+    """Its training draws random numbers."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return super().loss((torch.nn.functional.dropout(x), y))
+
+
+def test_measuring_in_between_leaves_the_training_as_it_is(
+    make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
+) -> None:
+    """The arms draw random numbers, too."""
+
+    def losses(**settings: Any) -> list[float]:
+        draws = halved(baseline=lambda: 2 * torch.rand(3).numel(), optimized=lambda: random.randrange(1, 4))
+        module = Dropped()
+        validator = OptimizationValidator([draws], **settings)
+        make_trainer(callbacks=[validator]).fit(module, make_loader(), make_loader(8))
+        return module.batch_losses
+
+    assert losses(every_n_validations=1) == losses()
 
 
 def halved(name: str = "halved", **arms: Any) -> Claim:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ryzen_callbacks.compare import main
@@ -46,6 +47,14 @@ def test_the_verdict_is_told_even_if_its_report_cannot_be_written_after_all(
     assert "the report was not written" in captured.err
 
 
+def test_ctrl_c_ends_it_with_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subprocess.run", interrupted)
+    assert main(["true", "true"]) == 130
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -54,6 +63,7 @@ def test_the_verdict_is_told_even_if_its_report_cannot_be_written_after_all(
         (["", "true"], "a command is empty"),
         (["true", "true", "--rounds", "0"], "rounds is 0"),
         (["true", "true", "--threshold", "nan"], "threshold is nan"),
+        (["true", "true", "--threshold", "0"], "threshold is 0.0"),
     ],
 )
 def test_what_cannot_be_compared_says_why(

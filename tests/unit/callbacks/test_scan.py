@@ -102,6 +102,7 @@ BAD_LOGS: dict[str, tuple[bytes | None, str]] = {
     ),
     "gap.csv": (b"step,loss\n1,1.0\n,1.0\n", "gap.csv, line 3: the step is '', expected a whole number"),
     "short.csv": (b"loss,step\n1.0\n1.0,1\n", "short.csv, line 2: the step is None, expected"),
+    "half.csv": (b"step,loss\n0.5,1.0\n", "half.csv, line 2: the step is '0.5', expected a whole number"),
     "word.csv": (b"step,loss\none,1.0\n", "word.csv, line 2: the step is 'one', expected"),
     "endless.csv": (b"step,loss\ninf,1.0\n", "endless.csv, line 2: the step is 'inf', expected"),
 }

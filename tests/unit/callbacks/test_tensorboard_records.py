@@ -1,5 +1,6 @@
 """What is written past TensorBoard's own writer is read back by its own reader, checksums and all."""
 
+import ctypes
 import math
 import random
 import struct
@@ -24,6 +25,7 @@ def test_every_value_of_every_step_comes_back(tmp_path: Path) -> None:
         Step(1, 0, {}),
         Step(127, 0, {"loss": 0.0, "grad_norm": math.nan}),
         Step(128, 0, {"loss": -1.5, "learning_rate": 1e-30, "x" * 300: math.inf}),
+        Step(129, 0, {"loss": 1e39, "grad_norm": -1e39}),  # too large for float32
         Step(2**40, 1, {"loss": 3e38, "samples": 4, "a/ä": 7.0}),
     ]
     (tmp_path / "events.out.tfevents.1.x").write_bytes(encode(steps, "train/", wall_time=12.5))
@@ -31,6 +33,6 @@ def test_every_value_of_every_step_comes_back(tmp_path: Path) -> None:
     names = {name for step in steps for name in step.values}
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in names}
     for name in names:
-        expected = [(12.5, s.step, s.values[name]) for s in steps if name in s.values]
+        expected = [(12.5, s.step, ctypes.c_float(s.values[name]).value) for s in steps if name in s.values]
         read = [(e.wall_time, e.step, e.value) for e in events.Scalars(f"train/{name}")]
         assert read == [pytest.approx(row, rel=1e-6, nan_ok=True) for row in expected]

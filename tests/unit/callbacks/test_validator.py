@@ -211,6 +211,29 @@ def test_peak_memory_is_what_the_accelerator_says(monkeypatch: pytest.MonkeyPatc
     assert result.samples.baseline == [400]
 
 
+def test_what_one_arm_left_in_a_cycle_is_not_in_the_other_arms_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in accelerator whose memory is given back by the objects that hold it."""
+    held = {"now": 0, "peak": 0}
+    device = "torch.accelerator"
+    monkeypatch.setattr(f"{device}.is_available", lambda: True)
+    monkeypatch.setattr(f"{device}.synchronize", lambda: None)
+    monkeypatch.setattr(f"{device}.reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
+    monkeypatch.setattr(f"{device}.max_memory_allocated", lambda: held["peak"])
+
+    class Cycle:
+        def __init__(self, count: int) -> None:
+            self.count, self.itself = count, self
+            held["now"] += count
+            held["peak"] = max(held["peak"], held["now"])
+
+        def __del__(self) -> None:
+            held["now"] -= self.count
+
+    arms = {"baseline": lambda: Cycle(400), "optimized": lambda: Cycle(100)}
+    result = one(Claim(name="m", **arms, measure="peak_memory", threshold=2.0))
+    assert (result.measured, result.status) == (4.0, "PASS")
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is here")
 def test_peak_memory_is_not_measured_on_a_cpu() -> None:
     claim = Claim(name="m", baseline=fails, optimized=fails, measure="peak_memory", threshold=2.0)
@@ -301,6 +324,9 @@ def test_progress_is_told_round_by_round() -> None:
         (lambda: sized(1, 1, 2, tolerance="0.1"), "tolerance is '0.1'"),
         (lambda: sized(1, 1, 2, tolerance=math.nan), "tolerance is nan"),
         (lambda: sized(1, 1, 2, tolerance=1.0), "tolerance"),
+        (lambda: lossy([1.0], [1.0], -0.01, quantity="difference"), "threshold is -0.01, expected 0 or more"),
+        (lambda: sized(1, 100, 0.0), "threshold is 0.0, expected more than 0"),
+        (lambda: timed(-1.0), "threshold is -1.0, expected more than 0"),
         (lambda: sized(1, 1, 2, quantity="speedup"), "ratio or saving"),
         (lambda: sized(1, 1, 2, rounds=0), "rounds"),
         (
@@ -311,6 +337,7 @@ def test_progress_is_told_round_by_round() -> None:
         (lambda: OptimizationValidator(rounds=0), "rounds"),
         (lambda: OptimizationValidator(warmup=-1), "warmup"),
         (lambda: OptimizationValidator(control_limit=1.0), "control_limit"),
+        (lambda: OptimizationValidator(control_limit=math.nan), "control_limit"),
         (lambda: OptimizationValidator(every_n_validations=0), "every_n_validations"),
         (lambda: OptimizationValidator([sized(1, 1, 1), sized(1, 1, 1)]), "two claims"),
     ],

@@ -8,11 +8,19 @@ import pytest
 import torch
 from ryzen_callbacks import OptimizationValidator
 
-from ryzen_llm.claims import ClaimContext, Optimizations, Thresholds, accuracy_preservation, build_claims
+from ryzen_llm.claims import (
+    ClaimContext,
+    Optimizations,
+    Thresholds,
+    accuracy_preservation,
+    build_claims,
+    embedding_compression,
+)
 from ryzen_llm.decoding import RecyclingDrafter
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
-from ryzen_llm.training import OptimizerConfig
+from ryzen_llm.model.embedding import Calibration
+from ryzen_llm.training import OptimizerConfig, calibrate
 
 
 @pytest.fixture
@@ -95,6 +103,24 @@ def test_the_embedding_is_compressed_after_training_and_its_cost_is_measured(con
     assert quality.measured
     assert abs(quality.measured) < 0.01
     assert context.model.config.embedding == "dense", "the trained model is left as it is"
+
+
+def test_both_claims_on_an_embedding_are_about_the_same_one(
+    context: ClaimContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a pass over text to make it: it is made once, and again for other text."""
+    seen: list[torch.Tensor] = []
+
+    def noted(model: Transformer, ids: torch.Tensor) -> Calibration:
+        seen.append(ids)
+        return calibrate(model, ids)
+
+    monkeypatch.setattr(embedding_compression, "calibrate", noted)
+    for changed in (context, dataclasses.replace(context, train_batches=context.train_batches[1:])):
+        claims = [claim for claim in build_claims(changed) if claim.name.startswith("embedding")]
+        OptimizationValidator(claims).validate()
+    first, second = (batch[:, :-1] for batch in context.train_batches)
+    assert [ids.tolist() for ids in seen] == [first.tolist(), second.tolist()]
 
 
 def test_an_embedding_that_was_trained_compressed_is_measured_as_it_is(context: ClaimContext) -> None:

@@ -57,6 +57,9 @@ def test_a_source_file_is_one_document_byte_for_byte(tmp_path: Path, suffix: str
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     """Editors on Windows put one in front of UTF-8."""
+    rows = tmp_path / "bom.jsonl"
+    rows.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "\xef\xbb\xbfb"}\n')
+    assert read(rows) == ["a", "\ufeffb"]
     path = tmp_path / "bom.md"
     path.write_bytes(b"\xef\xbb\xbfhello")
     assert read(path) == ["hello"]
@@ -141,6 +144,16 @@ def test_parquet_without_the_field_names_the_fields(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), path)
     with pytest.raises(InputError, match="row 1: no field 'text'; set text_field to one of: id, body"):
+        read(path)
+
+
+def test_parquet_that_is_not_utf8_is_one_clear_error(tmp_path: Path) -> None:
+    """Writers that do not check what they call a string leave such files."""
+    path = tmp_path / "rows.parquet"
+    latin = pyarrow.array([b"sound", "caf\xe9".encode("latin-1")])
+    column = pyarrow.StringArray.from_buffers(2, *latin.buffers()[1:])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    with pytest.raises(InputError, match=r"rows\.parquet: not UTF-8 text"):
         read(path)
 
 

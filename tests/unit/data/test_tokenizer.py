@@ -80,6 +80,15 @@ def test_a_reloaded_tokenizer_is_the_same(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
+def test_threads_that_save_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Each has a temporary file of its own."""
+    path = tmp_path / "tokenizer.json"
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: TOKENIZER.save(path), range(200)))
+    assert Tokenizer.from_file(path).to_json() == TOKENIZER.to_json()
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
 def test_merges_are_those_of_the_definition() -> None:
     """Brute force on a small corpus: each merge joins the most frequent pair of neighbours in its words."""
     words = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
