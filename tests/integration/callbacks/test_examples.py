@@ -31,7 +31,8 @@ def test_the_classifier_learns_and_its_spoilt_batch_is_found(tmp_path: Path) -> 
         report = run("classifier", tmp_path, "training_metrics_report.json")
     assert [row["epoch"] for row in report["epochs"]] == [0, 1]
     assert report["epochs"][1]["accuracy"] > 0.9
-    first = report["anomalies"][0]
+    timing = {"stall", "throughput_drop", "data_wait_growth"}  # on a busy machine there may be some
+    first = next(row for row in report["anomalies"] if row["kind"] not in timing)
     assert (first["kind"], first["step"]) == ("loss_spike", 161)
     assert len((tmp_path / "training_metrics_report.csv").read_text().splitlines()) == 1 + 40
 
