@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -52,7 +53,7 @@ class DraftHeadsModule(ScheduledModule):
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("rows", output_rows(target, vocabulary).clone(), persistent=False)
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.mean_loss = MeanMetric()
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)  # which stays: it would be left out
         self.accuracy = MeanMetric()
         self.accepted = MeanMetric()
 

@@ -1,5 +1,6 @@
 """Heads learn what a model writes, from text that it has written by itself."""
 
+import math
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -102,6 +103,15 @@ def test_a_place_is_where_the_model_goes_on_with_its_own_token() -> None:
         assert torch.equal(states[i], texts["hidden_states"][text, t])
         assert torch.equal(tokens[i], texts["ids"][text, t + 1 : t + 5])
         assert own[i].tolist() == [all(chosen[: d + 1]) for d in range(3)]
+
+
+def test_a_batch_whose_loss_is_nan_shows_in_the_mean(target: Transformer) -> None:
+    """It would be left out, and heads that are damaged would look sound."""
+    module = DraftHeadsModule(target, HeadsConfig(32, 64, 3), torch.arange(48)).eval()
+    states, tokens = torch.randn(5, 32), torch.randint(0, 48, (5, 4))
+    for damaged in (states * math.nan, states):
+        module.validation_step((damaged, tokens, torch.ones(5, 3, dtype=torch.bool)), 0)
+    assert math.isnan(module.mean_loss.compute())
 
 
 def test_trained_heads_draft_better_and_the_target_stays(target: Transformer, tmp_path: Path) -> None:
