@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
+
+from ryzen_callbacks.verdict import finite_number
 
 Measure = Literal["time", "bytes", "peak_memory", "loss"]
 QuantityName = Literal["speedup", "ratio", "saving", "increase", "difference"]
@@ -75,8 +75,9 @@ class Claim:
                 f"use {' or '.join(allowed)}"
             )
         for label, figure in (("threshold", self.threshold), ("tolerance", self.tolerance)):
-            if not isinstance(figure, Real) or not math.isfinite(figure):
+            if (number := finite_number(figure)) is None:
                 raise ValueError(f"claim {self.name!r}: {label} is {figure!r}, expected a finite number")
+            object.__setattr__(self, label, number)
         if self.quantity in ("speedup", "ratio") and self.threshold <= 0:
             raise ValueError(f"claim {self.name!r}: threshold is {self.threshold}, expected more than 0")
         if self.quantity == "difference" and self.threshold < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Literal
 
 from ryzen_callbacks.reports import Status, ValidationResult
@@ -11,6 +12,17 @@ Bound = Literal["at least", "at most", "within"]
 
 _BOUNDS: dict[str, Bound] = {"increase": "at most", "difference": "within"}
 _UNITS = {"speedup": "x", "ratio": "x"}
+
+
+def finite_number(figure: object) -> float | None:
+    """`figure` as a float, of numpy too; None if it is not a finite number."""
+    if isinstance(figure, bool) or not isinstance(figure, Real):
+        return None
+    try:
+        number = float(figure)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def bound_of(metric: str) -> Bound:
@@ -45,12 +57,15 @@ def figure_result(
     Raises:
         ValueError: a figure that is not a finite number, or a tolerance outside [0, 1).
     """
-    for label, figure in (("actual", actual), ("expected", expected), ("tolerance", tolerance)):
-        if isinstance(figure, bool) or not isinstance(figure, int | float) or not math.isfinite(figure):
+    figures = {"actual": actual, "expected": expected, "tolerance": tolerance}
+    for label, figure in figures.items():
+        if (number := finite_number(figure)) is None:
             raise ValueError(
                 f"{name}: {label} is {figure!r}, expected a finite number; "
                 "a figure that was not measured has no verdict, so leave the call out"
             )
+        figures[label] = number
+    actual, expected, tolerance = figures.values()
     if not 0 <= tolerance < 1:
         raise ValueError(f"{name}: tolerance is {tolerance}, expected 0 <= tolerance < 1")
     status: Status

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ryzen_callbacks import Claim, OptimizationValidator, ValidationReport, ValidationResult, measurement
@@ -370,7 +371,18 @@ def test_a_given_loss_increase_should_be_low(actual: float, status: str) -> None
     assert result.status == status
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "3", True])
+def test_figures_of_numpy_are_numbers(tmp_path: Path) -> None:
+    """As a mean of float32 values is."""
+    number: Any = np.float32
+    result = OptimizationValidator().validate_kernel_performance(number(3.5), np.int64(3), number(0.5))
+    assert (result.status, result.measured, result.threshold, result.tolerance) == ("PASS", 3.5, 3.0, 0.5)
+    claim = sized(number(100), number(25), number(2))
+    report = OptimizationValidator([claim], path=tmp_path / "report.json").validate()
+    assert report.results[0].measured == 4.0
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["threshold"] == 2.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None, "3", True, 10**400])
 @pytest.mark.parametrize("position", ["actual", "expected", "tolerance"])
 def test_a_figure_that_is_no_number_has_no_verdict(bad: Any, position: str) -> None:
     arguments = {"actual": 3.0, "expected": 3.0, "tolerance": 0.1, position: bad}
