@@ -19,9 +19,9 @@ DRAFTERS: dict[str, Callable[[str, Transformer, bool], Drafter]] = {
 """By name: from what stands after a colon in it, the model that is drafted for, and whether to compile."""
 DRAFT_MODEL = DraftModelDrafter.name
 """A name, too, before the path of a model, which `interop.load_drafters` reads."""
-DRAFTER_NAMES = f"suffix, recycling, heads:PATH, {DRAFT_MODEL}:PATH"
-"""For messages."""
 _WITH_PATH = ("heads", DRAFT_MODEL)
+DRAFTER_NAMES = ", ".join(f"{name}:PATH" if name in _WITH_PATH else name for name in (*DRAFTERS, DRAFT_MODEL))
+"""For messages."""
 
 
 def build_drafters(

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from ryzen_callbacks import (
     AnomalyDetector,
     OptimizationValidator,
@@ -59,119 +58,6 @@ def test_loss_gradient_norm_and_rate_are_the_modules_own_with_accumulation(
     assert [row.compression_ratio for row in report.epochs] == [2.5, 2.5]
     assert report.metadata.status == "finished"
     assert report.metadata.model == "Tiny"
-
-
-def test_the_first_step_of_each_epoch_is_not_timed_and_the_others_are(
-    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
-) -> None:
-    trainer = make_trainer(callbacks=[TrainingMetricsCollector(sample_every_n_steps=1)], val_check_interval=8)
-    trainer.fit(tiny, make_loader(), make_loader(16))
-    report = read(tmp_path / NAME)
-    untimed = [b["step"] for b in report.batches if "step_time_s" not in b]
-    assert untimed == [1, 9, 17, 25]
-    for row, steps in zip(report.epochs, (report.batches[:16], report.batches[16:]), strict=True):
-        timed = [b for b in steps if "step_time_s" in b]
-        seconds = sum(b["step_time_s"] or 0 for b in timed)
-        assert row.tokens_per_second == pytest.approx(sum(b["tokens"] or 0 for b in timed) / seconds)
-        for b in timed:
-            assert 0 < (b["data_wait_s"] or 0) < (b["step_time_s"] or 0)
-
-
-def untimed(collector: TrainingMetricsCollector) -> list[float | None]:
-    return [b["step"] for b in collector.report().batches if "step_time_s" not in b]
-
-
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_the_step_after_a_checkpoint_is_not_timed(
-    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], weights_only: bool
-) -> None:
-    """Written between batches, at 5, 10 and 15; for one of weights only no callback is asked for a state."""
-    collector = TrainingMetricsCollector(sample_every_n_steps=1)
-    saver = ModelCheckpoint(every_n_train_steps=5, save_weights_only=weights_only)
-    trainer = make_trainer(callbacks=[collector, saver], max_epochs=1, enable_checkpointing=True)
-    trainer.fit(tiny, make_loader())
-    assert untimed(collector) == [1, 6, 11, 16]
-    assert "save_checkpoint" not in vars(trainer)  # it is followed while training goes on only
-
-
-def test_the_step_after_a_report_is_not_timed(
-    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
-) -> None:
-    """Writing a report of 10,000 steps takes a second."""
-    collector = TrainingMetricsCollector(sample_every_n_steps=1, write_every_n_steps=6)
-    make_trainer(callbacks=[collector], max_epochs=1).fit(tiny, make_loader())
-    assert untimed(collector) == [1, 7, 13]
-
-
-class Takes(Callback):
-    """Makes the clock go on by as many seconds as it is told, in its hooks of a batch."""
-
-    def __init__(self, clock: list[float], seconds: float) -> None:
-        self.clock, self.seconds = clock, seconds
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.clock[0] += self.seconds
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.clock[0] += self.seconds
-
-
-@pytest.mark.parametrize("order", [1, -1], ids=["collector first", "collector last"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_data_wait_is_the_wait_for_the_loader_and_no_other(
-    tiny: Tiny,
-    make_trainer: Callable[..., Any],
-    make_loader: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    order: int,
-    stream: bool,
-) -> None:
-    """Two batches a step, each 1 s of the loader; 2 s of another callback before it and 2 s after it. Of a
-    stream, whose length is not known, Lightning asks for a batch in advance, and for none at the end.
-    """
-    clock = [0.0]
-    monkeypatch.setattr("ryzen_callbacks.step_recorder.time.perf_counter", lambda: clock[0])
-    data = make_loader(32, stream=stream)
-    collate = data.collate_fn
-
-    def slowly(samples: Any) -> Any:
-        clock[0] += 1.0
-        return collate(samples)
-
-    data.collate_fn = slowly
-    collector = TrainingMetricsCollector(sample_every_n_steps=1)
-    callbacks = [collector, Takes(clock, 2.0)][::order]
-    make_trainer(callbacks=callbacks, max_epochs=1, accumulate_grad_batches=2).fit(tiny, data)
-    times = [(b["step_time_s"], b["data_wait_s"]) for b in collector.report().batches[1:]]
-    assert times == [(10.0, 2.0), (10.0, 2.0), (9.0, 1.0) if stream else (10.0, 2.0)]
-
-
-class FetchesItself(Tiny):
-    """Takes its batches from the loader's iterator itself, as Lightning allows."""
-
-    def training_step(self, dataloader_iter: Any) -> torch.Tensor:  # type: ignore[override]
-        batch, *_ = next(dataloader_iter)
-        return self.loss(batch)
-
-
-def test_data_wait_of_a_module_that_fetches_its_batches_itself(
-    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("ryzen_callbacks.step_recorder.time.perf_counter", lambda: clock[0])
-    data = make_loader()
-    collate = data.collate_fn
-
-    def slowly(samples: Any) -> Any:
-        clock[0] += 1.0
-        return collate(samples)
-
-    data.collate_fn = slowly
-    collector = TrainingMetricsCollector(sample_every_n_steps=1)
-    make_trainer(callbacks=[collector], max_epochs=1).fit(FetchesItself(), data)
-    waits = [b["data_wait_s"] for b in collector.report().batches[1:]]
-    assert len(waits) >= 14
-    assert set(waits) == {1.0}
 
 
 @pytest.mark.parametrize("prefix", ["", "mine"])
@@ -386,94 +272,6 @@ def test_a_validation_that_logs_nothing_does_not_repeat_the_one_before(
     assert rows[1].not_measured["accuracy"] == "the module logged no 'val_accuracy' in validation"
 
 
-RESERVED = (
-    *("step", "loss", "learning_rate", "grad_norm", "samples", "step_time_s", "data_wait_s"),
-    *("tokens", "tokens_per_second", "samples_per_second", "memory_bytes", "mfu"),
-)
-
-
-class LogsReserved(Tiny):
-    """Logs figures of its own under every name that the collector measures something under."""
-
-    tokens_in_batch = None  # type: ignore[assignment]
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        for name in RESERVED:
-            self.log(name, -1.0)
-        self.log("mine", -1.0)
-        return super().training_step(batch, batch_idx)
-
-
-def test_what_the_module_logs_is_not_taken_for_what_is_measured(
-    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Not even at a step that has no such value: the tokens here, and at an epoch's first step the times."""
-    collector = TrainingMetricsCollector(sample_every_n_steps=1)
-    make_trainer(callbacks=[collector], log_every_n_steps=1, max_epochs=1).fit(LogsReserved(), make_loader())
-    report = read(tmp_path / NAME)
-    assert [b["step"] for b in report.batches] == list(range(1, 17))
-    for batch in report.batches:
-        assert batch.pop("mine") == -1.0
-        assert -1.0 not in batch.values()
-    assert not {"step", "tokens", "tokens_per_second", "mfu"} & set(report.statistics)
-
-
-class LogsNowAndThen(Tiny):
-    """Logs one figure once and another in every fifth batch: in those of the steps 1, 6, 11 and 16."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        if batch_idx == 1:
-            self.log("once", 7.0)
-        if batch_idx % 5 == 0:
-            self.log("fifth", batch_idx, on_step=True, on_epoch=True)
-        return super().training_step(batch, batch_idx)
-
-
-def test_what_the_module_logs_now_and_then_is_not_repeated(
-    make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
-) -> None:
-    """At a log interval there is what was logged since the one before."""
-    collector = TrainingMetricsCollector(sample_every_n_steps=1)
-    make_trainer(callbacks=[collector], max_epochs=1).fit(LogsNowAndThen(), make_loader())
-    steps = {b["step"]: b for b in collector.report().batches}
-    assert {step: b["once"] for step, b in steps.items() if "once" in b} == {3: 7.0}
-    assert {step: b["fifth"] for step, b in steps.items() if "fifth" in b} == {3: 0.0, 6: 5.0, 12: 10.0}
-    assert "fifth_step" not in collector.statistics()
-
-
-class LogsItsLoss(Tiny):
-    """Sends figures under two of the collector's names to the loggers, and keeps a third from them."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.log("train/loss", -1.0)
-        self.log("train/grad_norm", -1.0, on_step=False, on_epoch=True)
-        self.log("train/samples", -1.0, logger=False)
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.parametrize("prefix", ["", "mine"])
-def test_a_curve_that_the_module_draws_itself_is_its_own(
-    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path, prefix: str
-) -> None:
-    logger, other = TensorBoardLogger(tmp_path, prefix=prefix), CSVLogger(tmp_path)
-    collector = TrainingMetricsCollector()
-    make_trainer(callbacks=[collector], logger=[logger, other], max_epochs=1).fit(
-        LogsItsLoss(), make_loader()
-    )
-    events = EventAccumulator(logger.log_dir).Reload()
-    with (Path(other.log_dir) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for name, points in (("loss", 5), ("grad_norm", 1)):
-        values = [
-            event.value for event in events.Scalars(f"{prefix}-train/{name}" if prefix else f"train/{name}")
-        ]
-        assert values == [-1.0] * points
-        assert {float(row[f"train/{name}"]) for row in rows if row[f"train/{name}"]} == {-1.0}
-        assert collector.statistics()[name].min > 0
-        assert collector.statistics()[name].count == 16
-    assert [float(row["train/samples"]) for row in rows if row["train/samples"]] == [4.0] * 16
-
-
 def test_two_collectors_have_a_report_and_a_state_each_and_log_once(
     make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -506,39 +304,6 @@ def test_two_collectors_with_one_report_are_refused_before_training(
     ):
         trainer.fit(tiny, make_loader())
     assert tiny.batch_losses == []
-
-
-class LogsLate(Tiny):
-    """Logs its figures when an epoch is over, the speed-up only of every second one."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.loss(batch)
-
-    def on_train_epoch_end(self) -> None:
-        self.log("compression_ratio", float(self.current_epoch + 1))
-        if self.current_epoch % 2 == 0:
-            self.log("speedup", 3.0 + self.current_epoch)
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-def test_figures_that_the_module_logs_at_the_end_of_an_epoch_are_in_its_row(
-    make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path, resumed: bool
-) -> None:
-    """The module's own hook is called after the callbacks', but before a checkpoint is written."""
-
-    def fit(epochs: int, **settings: Any) -> None:
-        saver = ModelCheckpoint(tmp_path, filename="c")
-        trainer = make_trainer(
-            callbacks=[TrainingMetricsCollector(), saver], max_epochs=epochs, enable_checkpointing=True
-        )
-        trainer.fit(LogsLate(), make_loader(), **settings)
-
-    if resumed:
-        fit(2)
-    fit(4, ckpt_path=tmp_path / "c.ckpt" if resumed else None)
-    rows = read(tmp_path / NAME).epochs
-    assert [row.compression_ratio for row in rows] == [1.0, 2.0, 3.0, 4.0]
-    assert [row.speedup for row in rows] == [3.0, None, 5.0, None]
 
 
 @pytest.mark.parametrize("count", [torch.tensor(7), 7.0, True])
@@ -585,17 +350,6 @@ def test_a_large_log_interval_does_not_pile_steps_up(
     trainer.fit(tiny, make_loader(4 * 1100))
     assert most[0] == 500
     assert [b["loss"] for b in collector.report().batches] == pytest.approx(tiny.batch_losses, rel=1e-6)
-
-
-def test_what_validation_left_behind_is_not_taken_for_a_training_metric(
-    tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any], tmp_path: Path
-) -> None:
-    make_trainer(callbacks=[TrainingMetricsCollector()], check_val_every_n_epoch=2, max_epochs=3).fit(
-        tiny, make_loader(), make_loader(8)
-    )
-    report = read(tmp_path / NAME)
-    assert "val_loss" not in report.statistics
-    assert [row.val_loss is None for row in report.epochs] == [True, False, True]
 
 
 def test_the_sampled_steps_as_csv_beside_the_report(

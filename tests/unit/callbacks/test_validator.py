@@ -193,14 +193,20 @@ def test_equivalence_wants_the_whole_interval_inside_the_margin_on_both_sides(
     assert ("within +1.00%" in result.message) == (result.metric == "difference")
 
 
-def test_peak_memory_is_what_the_accelerator_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in accelerator that counts what the arms ask of it."""
-    held = {"now": 100, "peak": 0}
+def stand_in(monkeypatch: pytest.MonkeyPatch, now: int) -> dict[str, int]:
+    """For an accelerator: the bytes that it holds, and their peak."""
+    held = {"now": now, "peak": 0}
     device = "torch.accelerator"
     monkeypatch.setattr(f"{device}.is_available", lambda: True)
     monkeypatch.setattr(f"{device}.synchronize", lambda: None)
     monkeypatch.setattr(f"{device}.reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
     monkeypatch.setattr(f"{device}.max_memory_allocated", lambda: held["peak"])
+    return held
+
+
+def test_peak_memory_is_what_the_accelerator_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in accelerator that counts what the arms ask of it."""
+    held = stand_in(monkeypatch, now=100)
 
     def needs(count: int) -> Callable[[], None]:
         return lambda: held.update(peak=max(held["peak"], held["now"] + count))
@@ -214,12 +220,7 @@ def test_peak_memory_is_what_the_accelerator_says(monkeypatch: pytest.MonkeyPatc
 
 def test_what_one_arm_left_in_a_cycle_is_not_in_the_other_arms_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in accelerator whose memory is given back by the objects that hold it."""
-    held = {"now": 0, "peak": 0}
-    device = "torch.accelerator"
-    monkeypatch.setattr(f"{device}.is_available", lambda: True)
-    monkeypatch.setattr(f"{device}.synchronize", lambda: None)
-    monkeypatch.setattr(f"{device}.reset_peak_memory_stats", lambda: held.update(peak=held["now"]))
-    monkeypatch.setattr(f"{device}.max_memory_allocated", lambda: held["peak"])
+    held = stand_in(monkeypatch, now=0)
 
     class Cycle:
         def __init__(self, count: int) -> None:
