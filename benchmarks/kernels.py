@@ -202,6 +202,8 @@ def _amount(op: str, work: Workload, bandwidth: float, flops: float) -> tuple[st
     tokens = work.batch * work.time
     if op == "loss":  # logits, and their product by both inputs
         return "GFLOP/s", 6.0 * tokens * work.vocab_size * work.hidden_size, flops
+    if op == "linear":  # those of an MLP, and their products by both inputs
+        return "GFLOP/s", 18.0 * tokens * work.hidden_size * work.intermediate_size, flops
     if op == "attention":  # two products forward and five backward, half of each masked
         products = 7 * tokens * work.time * work.num_heads * work.head_dim
         return "GFLOP/s", float(products), flops

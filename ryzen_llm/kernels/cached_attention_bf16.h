@@ -1,6 +1,8 @@
 // Attention of some queries over a span where they, keys and values are in bf16: sixteen pairs of numbers are multiplied
 // at once, with sums in fp32 (AVX512-BF16). Of the softmax's weights bf16 is kept, as in FlashAttention.
 
+#include "transpose_avx512.h"
+
 constexpr int64_t AHEAD = 4096;  // bytes of the keys that are asked of memory before they are needed
 constexpr int MOST_QUERIES = 8;  // whose sums stay in registers
 
@@ -9,35 +11,6 @@ bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
 INLINE __m512bh pairs_at(const void* from) { return (__m512bh)_mm512_loadu_si512(from); }
 INLINE __m512bh pair_everywhere(const uint16_t* pair) { return (__m512bh)_mm512_set1_epi32(load<int32_t>(pair)); }
 INLINE Floats plus_pairs(Floats sum, __m512bh a, __m512bh b) { return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b); }
-
-// What was lane j of vector i becomes lane i of vector j.
-INLINE void transpose(Ints* x) {
-  Ints y[LANES];
-#pragma GCC unroll 8
-  for (int i = 0; i < LANES; i += 2) {
-    y[i] = PICKED(x[i], x[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    y[i + 1] = PICKED(x[i], x[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      x[i + 2 * j] = PICKED(y[i + j], y[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      x[i + 2 * j + 1] = PICKED(y[i + j], y[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-#pragma GCC unroll 2
-  for (int i = 0; i < LANES; i += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      y[i + j] = PICKED(x[i + j], x[i + j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-      y[i + j + 4] = PICKED(x[i + j], x[i + j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; ++j) {
-    x[j] = PICKED(y[j], y[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    x[j + 8] = PICKED(y[j], y[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-}
 
 // The keys of a span, sixteen by sixteen, each pair of channels in a vector. Behind the last key is that key again.
 void turn_keys(const Task& task, Ints* turned) {
@@ -50,7 +23,7 @@ void turn_keys(const Task& task, Ints* turned) {
         _mm_prefetch(task.keys.row(row) + c + AHEAD, _MM_HINT_T0);
         _mm_prefetch(task.values.row(row) + c, _MM_HINT_T0);
       }
-      transpose(turned);
+      transpose((__m512i*)turned);
     }
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ryzen_llm.kernels import causal_attention_cpu, rotary_qkv_cpu
+from ryzen_llm.kernels import causal_attention_cpu, linear_cpu, rotary_qkv_cpu
 from ryzen_llm.kernels.causal_attention import (
     SMALLEST_BLOCK,
     attention_by_pytorch,
@@ -23,6 +23,7 @@ from ryzen_llm.kernels.causal_attention import (
 from ryzen_llm.kernels.cross_entropy import cross_entropy
 from ryzen_llm.kernels.gated import geglu, geglu_by_triton, swiglu, swiglu_by_triton
 from ryzen_llm.kernels.hardware import cpu_features
+from ryzen_llm.kernels.linear import linear, linear_in_cpp
 from ryzen_llm.kernels.linear_cross_entropy import linear_cross_entropy
 from ryzen_llm.kernels.rms_norm import (
     LARGEST_TRITON_ROW,
@@ -60,11 +61,25 @@ def _in_cpp(module: ModuleType) -> Unsuited:
         on_cpu = work.device.type == "cpu" and cpu_features().avx512_bf16
         if not on_cpu or work.dtype != torch.bfloat16:
             return "for bf16 on CPUs with AVX512-BF16"
-        if work.head_dim % module.HEAD_MULTIPLE:
-            return f"head_dim is no multiple of {module.HEAD_MULTIPLE}"
         return None if module.is_in_cpp() else "its C++ could not be compiled"
 
     return unsuited
+
+
+def _heads_in_cpp(module: ModuleType) -> Unsuited:
+    def unsuited(work: Workload) -> str | None:
+        odd = work.head_dim % module.HEAD_MULTIPLE
+        return f"head_dim is no multiple of {module.HEAD_MULTIPLE}" if odd else None
+
+    return _any_of(unsuited, _in_cpp(module))
+
+
+def _sizes_of_linear(work: Workload) -> str | None:
+    if work.batch * work.time < linear_cpu.FEWEST_ROWS:
+        return f"fewer than {linear_cpu.FEWEST_ROWS} tokens"
+    multiple = linear_cpu.MULTIPLE
+    odd = work.hidden_size % multiple or work.intermediate_size % multiple
+    return f"hidden_size and intermediate_size are no multiples of {multiple}" if odd else None
 
 
 def _qk_norm(work: Workload) -> str | None:
@@ -117,7 +132,7 @@ def _fused_loss(slab_scale: float) -> Candidate:
 CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     "attention": {
         "PyTorch's SDPA": Candidate(attention_by_pytorch),
-        "C++": Candidate(attention_in_cpp, _in_cpp(causal_attention_cpu)),
+        "C++": Candidate(attention_in_cpp, _heads_in_cpp(causal_attention_cpu)),
         "2 query blocks": _query_blocks(2),
         "4 query blocks": _query_blocks(4),
         "8 query blocks": _query_blocks(8),
@@ -138,7 +153,11 @@ CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     "rotary_qkv": {
         "written out": Candidate(rotary_qkv),
         "Triton": Candidate(rotary_qkv_by_triton, _no_triton),
-        "C++": Candidate(rotary_qkv_in_cpp, _any_of(_qk_norm, _in_cpp(rotary_qkv_cpu))),
+        "C++": Candidate(rotary_qkv_in_cpp, _any_of(_qk_norm, _heads_in_cpp(rotary_qkv_cpu))),
+    },
+    "linear": {
+        "PyTorch": Candidate(linear),
+        "C++": Candidate(linear_in_cpp, _any_of(_sizes_of_linear, _in_cpp(linear_cpu))),
     },
     "loss": {
         "all logits": Candidate(all_logits, _logits_too_large),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.kernels.cpp_extension import compile_beside
+from ryzen_llm.kernels.derivatives import refuse_second_derivative
 from ryzen_llm.kernels.hardware import cpu_features
 
 HEAD_MULTIPLE = 16
@@ -78,6 +79,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, by_context: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("causal_attention")
     saved = ctx.saved_tensors
     gradients = torch.ops.ryzen_llm.causal_attention_backward(by_context, *saved, ctx.window)
     return *(gradient.transpose(1, 2) for gradient in gradients), None, None

@@ -9,13 +9,18 @@ from typing import Any
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels.candidates import CANDIDATES
 from ryzen_llm.kernels.causal_attention import causal_attention
+from ryzen_llm.kernels.linear import linear_in_cpp
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv_in_cpp
 
 AUTOMATIC = "automatic"
 """The form of ops that nothing was measured for, by rules of thumb."""
 
 
-_DECIDES: dict[str, Callable[..., Any]] = {"attention": causal_attention, "rotary_qkv": rotary_qkv_in_cpp}
+_DECIDES: dict[str, Callable[..., Any]] = {
+    "attention": causal_attention,
+    "rotary_qkv": rotary_qkv_in_cpp,
+    "linear": linear_in_cpp,
+}
 """Forms that look at what they are given, while they are traced."""
 
 
@@ -31,6 +36,7 @@ class KernelChoices:
     swiglu: str = AUTOMATIC
     geglu: str = AUTOMATIC
     rotary_qkv: str = AUTOMATIC
+    linear: str = AUTOMATIC
     loss: str = AUTOMATIC
 
     def __post_init__(self) -> None:

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ryzen_llm.errors import InputError
+from ryzen_llm.kernels import linear_cpu
 from ryzen_llm.kernels.compilation import shared_compilations
+from ryzen_llm.kernels.derivatives import refuse_second_derivative
 from ryzen_llm.kernels.hardware import cpu_caches
 
 Reduction = Literal["mean", "sum", "none"]
@@ -149,13 +151,8 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.set_materialize_grads(False)
 
 
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # in a backward by create_graph, where dx and dw would count as constants
-        raise RuntimeError("linear_cross_entropy can be differentiated once; compute all logits instead")
-
-
 def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
+    refuse_second_derivative("linear_cross_entropy")
     if upstream is None:
         return (None,) * 9
     dx, dw = ctx.saved_tensors
@@ -209,7 +206,7 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _recompute(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
+    refuse_second_derivative("linear_cross_entropy")
     if upstream is None:
         return (None,) * 7
     x, weight, targets = ctx.saved_tensors
@@ -241,6 +238,7 @@ def _in_chunks(
     softmax_rows = _softmax_on_gpu() if x.is_cuda else _softmax_compiled if compiled else _softmax_by_pytorch
     chunk = slab_rows(rows, vocab, x.element_size(), x.device, slab_scale)
     slab = x.new_empty(chunk, vocab)
+    in_cpp = x.dtype == torch.bfloat16 and linear_cpu.takes(weight)
     summed = vocab if x.is_cuda else _SUMMED_ROWS
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
@@ -256,7 +254,10 @@ def _in_chunks(
             losses[part],
             predictions[part],
         )
-        if dw is not None:
+        if dw is not None and in_cpp:
+            dx[part] = linear_cpu.by_input(logits, weight)
+            linear_cpu.add_by_weight(dw, logits, x[part], add=start > 0)
+        elif dw is not None:
             torch.mm(logits, head, out=dx[part])
             product = logits.T @ x[part]
             for first in range(0, vocab, summed):

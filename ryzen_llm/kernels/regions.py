@@ -1,4 +1,4 @@
-"""Each op among its neighbours, as it stands in a block between two matrix products.
+"""Each op among its neighbours, as it stands in a block between two matrix products, or those of an MLP.
 
 Inductor cannot fuse through a matrix product, so what lies between two of them compiles to the same code
 here as in the block, in seconds instead of the block's half minute.
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ryzen_llm.kernels.gated import swiglu
 from ryzen_llm.kernels.rotary import rotary_table
 from ryzen_llm.kernels.rotary_qkv import rotary_qkv
 from ryzen_llm.kernels.workload import Workload
@@ -28,11 +29,13 @@ class Region:
         inputs: Draws (dtype of each tensor and shape) from a workload; fp32 ones are weights and residual.
         run: (function of the op, its inputs) -> outputs, all to be differentiated.
         in_block: Whether it is compiled as part of a block; the loss is not.
+        autocast: Whether its products have weights in fp32.
     """
 
     inputs: Callable[[Workload, torch.Generator], list[Tensor]]
     run: Callable[[Callable[..., Any], Workload, list[Tensor]], tuple[Tensor, ...]]
     in_block: bool = True
+    autocast: bool = False
 
 
 def _normal(work: Workload, draw: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,6 +83,17 @@ def _run_gate(function: Callable[..., Any], work: Workload, inputs: list[Tensor]
     return (function(*inputs),)
 
 
+def _linear_inputs(work: Workload, draw: torch.Generator) -> list[Tensor]:
+    x = _normal(work, draw, work.batch, work.time, work.hidden_size, dtype=work.dtype)
+    sizes = (2 * work.intermediate_size, work.hidden_size), (work.hidden_size, work.intermediate_size)
+    return [x, *(_normal(work, draw, *size) / size[1] ** 0.5 for size in sizes)]
+
+
+def _run_linear(function: Callable[..., Any], work: Workload, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    x, gate_up, down = inputs
+    return (function(swiglu(function(x, gate_up)), down),)
+
+
 def _loss_inputs(work: Workload, draw: torch.Generator) -> list[Tensor]:
     hidden = _normal(work, draw, work.batch, work.time, work.hidden_size)
     weight = _normal(work, draw, work.vocab_size, work.hidden_size) / work.hidden_size**0.5
@@ -96,7 +110,8 @@ REGIONS: dict[str, Region] = {
     "swiglu": Region(_gate_inputs, _run_gate),
     "geglu": Region(_gate_inputs, _run_gate),
     "rotary_qkv": Region(_projected, _run_qkv),
-    "loss": Region(_loss_inputs, _run_loss, in_block=False),
+    "linear": Region(_linear_inputs, _run_linear, autocast=True),
+    "loss": Region(_loss_inputs, _run_loss, in_block=False, autocast=True),
     "attention": Region(_projected, _run_attention),
 }
 """The last takes the longest to compile."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ryzen_llm.kernels.cpp_extension import compile_beside
+from ryzen_llm.kernels.derivatives import refuse_second_derivative
 from ryzen_llm.kernels.hardware import cpu_features
 
 HEAD_MULTIPLE = 32
@@ -74,6 +75,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, by_q: Tensor, by_k: Tensor, by_v: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("rotary_qkv")
     turned = (gradient.transpose(1, 2) for gradient in (by_q, by_k, by_v))
     by_projected = torch.ops.ryzen_llm.rotary_qkv_cpu_backward(*turned, *ctx.saved_tensors, ctx.query_scale)
     return by_projected, None, None, None, None, None

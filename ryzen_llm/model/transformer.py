@@ -17,6 +17,23 @@ from ryzen_llm.model.config import ModelConfig
 from ryzen_llm.model.embedding import Embedding, LinearLoss, build_embedding
 
 
+class Linear(nn.Linear):
+    """`kernels.linear` with a learned weight."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.use_kernels(KernelChoices())
+
+    def use_kernels(self, kernels: KernelChoices) -> None:
+        """Compute with these from now on."""
+        self.multiply = kernels.function("linear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        y: Tensor = self.multiply(x, self.weight, self.bias)
+        return y
+
+
 class RMSNorm(nn.Module):
     """`kernels.rms_norm` with a learned weight."""
 
@@ -53,8 +70,8 @@ class Attention(nn.Module):
         self.rotary = layer not in config.nope_layers
         # Attention itself divides by sqrt(head_dim).
         self.query_scale = math.sqrt(config.head_dim / config.query_pre_attn_scalar)
-        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.norm_eps = config.rms_norm_eps
@@ -103,9 +120,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
         self.activation_op = "swiglu" if config.activation == "silu" else "geglu"
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
         self.use_kernels(KernelChoices())
 
     def use_kernels(self, kernels: KernelChoices) -> None:
@@ -188,7 +205,7 @@ class Transformer(nn.Module):
         """Compute with these from now on, in this model only; blocks already compiled compile once more."""
         self.kernels = kernels
         for module in self.modules():
-            if isinstance(module, RMSNorm | Attention | MLP):
+            if isinstance(module, Linear | RMSNorm | Attention | MLP):
                 module.use_kernels(kernels)
 
     def workload(

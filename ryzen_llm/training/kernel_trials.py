@@ -120,7 +120,7 @@ def make_arm(op: str, work: Workload, function: Callable[..., object]) -> Arm:
         return region.run(function, work, list(inputs))
 
     call = torch.compile(forward) if work.compiled and region.in_block else forward
-    return _forward_and_backward(call, inputs, _autocast(work, not region.in_block))
+    return _forward_and_backward(call, inputs, _autocast(work, region.autocast))
 
 
 def reference(op: str, work: Workload) -> list[Tensor]:

@@ -158,6 +158,13 @@ def test_it_is_a_well_behaved_op() -> None:
     torch.library.opcheck(torch.ops.ryzen_llm.causal_attention.default, (q, k, v, starts, 0))
 
 
+def test_second_derivatives_are_refused() -> None:
+    """PyTorch would take the gradient for a constant, with a warning at most."""
+    inputs = draw(1, 2, 1, 7, 32)
+    with pytest.raises(RuntimeError, match="causal_attention can be differentiated once"):
+        torch.autograd.grad(attend(*inputs).square().sum(), inputs, create_graph=True)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static sizes", "symbolic sizes"])
 def test_a_compiled_step_takes_it_without_a_break(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """`causal_attention` by rule of thumb; query blocks must not be what is compared with itself."""

@@ -86,6 +86,14 @@ def test_it_is_a_well_behaved_op() -> None:
     torch.library.opcheck(torch.ops.ryzen_llm.rotary_qkv_cpu.default, (*draw(1, 5, 2, 1, 32), 2, 1, 1.0))
 
 
+def test_second_derivatives_are_refused() -> None:
+    """PyTorch would take the gradient for a constant, with a warning at most."""
+    projected, cos, sin = draw(2, 5, 2, 1, 32)
+    q, _, _ = run(projected, cos, sin, heads=2, kv_heads=1)
+    with pytest.raises(RuntimeError, match="rotary_qkv can be differentiated once"):
+        torch.autograd.grad(q.square().sum(), projected, create_graph=True)
+
+
 def test_the_op_is_for_training_steps_that_it_suits_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """All else has the form in PyTorch, which a compiled decoding step fuses with its neighbours."""
     taken = []
