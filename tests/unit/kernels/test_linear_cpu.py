@@ -58,7 +58,7 @@ def assert_near(result: Tensor, exact: Tensor, terms: Tensor, rounding: float) -
 def test_results_and_gradients_are_those_of_fp64(
     leading: list[int], rows: int, inputs: int, outputs: int, dtype: torch.dtype
 ) -> None:
-    """Whole and cut tiles and panels: numbers are rounded once, and the gradient of fp32 weights not at all."""
+    """In whole and cut tiles: numbers are rounded once, and the gradient of fp32 weights not at all."""
     x = normal(*leading, rows, 16 * inputs).bfloat16().requires_grad_()
     weight = normal(16 * outputs, 16 * inputs, seed=1).to(dtype).requires_grad_()
     y = linear_cpu.multiply(x, weight)
@@ -150,7 +150,7 @@ def test_they_are_well_behaved_ops() -> None:
 def test_second_derivatives_are_refused() -> None:
     """They would be wrong without a word if the gradient counted as a constant."""
     x, weight = normal(8, 16).bfloat16().requires_grad_(), normal(16, 16).requires_grad_()
-    with pytest.raises(RuntimeError, match="linear can be differentiated once; .*PLAIN"):
+    with pytest.raises(RuntimeError, match=r"linear can be differentiated once; .*PLAIN"):
         torch.autograd.grad(linear_cpu.multiply(x, weight).square().sum(), x, create_graph=True)
 
 
