@@ -74,7 +74,9 @@ def _heads_in_cpp(module: ModuleType) -> Unsuited:
     return _any_of(unsuited, _in_cpp(module))
 
 
-def _sizes_of_linear(work: Workload) -> str | None:
+def _unsuited_to_linear(work: Workload) -> str | None:
+    if cpu_features().amx_bf16:
+        return "PyTorch's product uses AMX"
     if work.batch * work.time < linear_cpu.FEWEST_ROWS:
         return f"fewer than {linear_cpu.FEWEST_ROWS} tokens"
     multiple = linear_cpu.MULTIPLE
@@ -157,7 +159,7 @@ CANDIDATES: Mapping[str, Mapping[str, Candidate]] = {
     },
     "linear": {
         "PyTorch": Candidate(linear),
-        "C++": Candidate(linear_in_cpp, _any_of(_sizes_of_linear, _in_cpp(linear_cpu))),
+        "C++": Candidate(linear_in_cpp, _any_of(_unsuited_to_linear, _in_cpp(linear_cpu))),
     },
     "loss": {
         "all logits": Candidate(all_logits, _logits_too_large),

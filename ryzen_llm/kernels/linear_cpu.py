@@ -46,7 +46,7 @@ def takes(weight: Tensor) -> bool:
 def is_in_cpp() -> bool:
     """Whether this machine is to run the ops, which are compiled in its first call.
 
-    PyTorch's products use AMX where a CPU has it, which multiplies several times as fast.
+    Not where PyTorch's products have AMX, a CPU's unit for them, which these do not use.
     """
     features = cpu_features()
     return features.avx512_bf16 and not features.amx_bf16 and _is_compiled()

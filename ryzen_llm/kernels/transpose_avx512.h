@@ -1,4 +1,6 @@
-// For ops in C++ that turn matrices of 32-bit words in registers.
+// For ops in C++ that turn matrices of 32-bit words in registers. INLINE is theirs.
+
+#pragma once
 
 // What was lane j of vector i becomes lane i of vector j, of sixteen vectors.
 INLINE void transpose(__m512i* x) {
