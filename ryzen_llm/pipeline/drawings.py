@@ -8,7 +8,7 @@ from typing import Any
 
 from ryzen_callbacks import ValidationResult
 from ryzen_callbacks.reports import Quantity
-from ryzen_callbacks.verdict import line_to_meet
+from ryzen_callbacks.verdict import bound_of, line_to_meet
 
 from ryzen_llm.pipeline.wording import show_quantity
 
@@ -29,24 +29,36 @@ class Scale:
         return round(100 * (value - self.low) / ((self.high - self.low) or 1), 2)
 
 
-def interval(result: ValidationResult) -> dict[str, float] | None:
-    """Where interval, figure, line to meet and "no change" lie on one axis; None without a figure."""
+@dataclass(frozen=True)
+class Interval:
+    """Where interval, figure and "no change" lie on one axis, and the line to meet or, "within" it, both."""
+
+    low: float
+    width: float
+    measured: float
+    lines: list[float]
+    no_change: float
+
+
+def interval(result: ValidationResult) -> Interval | None:
+    """The drawing of one claim; None without a figure."""
     if result.measured is None:
         return None
     low = result.measured if result.ci_low is None else result.ci_low
     high = result.measured if result.ci_high is None else result.ci_high
     no_change = 1.0 if result.metric in ("speedup", "ratio") else 0.0
     line = line_to_meet(result.metric, result.threshold, result.tolerance)
-    shown = (low, high, line, no_change)
+    lines = [-line, line] if bound_of(result.metric) == "within" else [line]
+    shown = (low, high, *lines, no_change)
     margin = 0.08 * ((max(shown) - min(shown)) or 1)
     place = Scale(min(shown) - margin, max(shown) + margin)
-    return {
-        "low": place(low),
-        "width": round(place(high) - place(low), 2),
-        "measured": place(result.measured),
-        "line": place(line),
-        "no_change": place(no_change),
-    }
+    return Interval(
+        low=place(low),
+        width=round(place(high) - place(low), 2),
+        measured=place(result.measured),
+        lines=[place(each) for each in lines],
+        no_change=place(no_change),
+    )
 
 
 @dataclass(frozen=True)
@@ -72,14 +84,20 @@ def loss_curve(training: dict[str, Any]) -> Curve | None:
     x, y = Scale(0, last), Scale(max(losses), min(losses))
     return Curve(
         train=" ".join(f"{x(step)},{y(loss)}" for step, loss in train),
-        val=[{"x": x(step), "y": y(loss), "title": f"step {step:.0f}: {loss:.3f}"} for step, loss in val],
+        val=[{"x": x(step), "y": y(loss), "title": f"step {step:,.0f}: {loss:.3f}"} for step, loss in val],
         anomalies=[
-            {"x": x(row["step"]), "title": f"step {row['step']:.0f}: {row['message']}"}
+            {"x": x(row["step"]), "title": f"step {row['step']:,.0f}: {row['message']}"}
             for row in training["anomalies"]
         ],
-        x_ticks=[(x(step), f"{step:,.0f}") for step in ticks(0, last)],
-        y_ticks=[(y(loss), f"{loss:.3g}") for loss in ticks(min(losses), max(losses))],
+        x_ticks=[(x(step), show_step(step, last)) for step in ticks(0, last) if step == round(step)],
+        y_ticks=[(y(loss), f"{loss:,g}") for loss in ticks(min(losses), max(losses))],
     )
+
+
+def show_step(step: float, last: float) -> str:
+    """`step` on an axis up to `last`, short enough for seven of them on a phone: 2,000, 20k, 0.5M."""
+    factor, unit = (1e6, "M") if last >= 1e6 else (1e3, "k") if last >= 1e4 else (1, "")
+    return f"{step / factor:,g}{unit if step else ''}"
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -16,7 +16,7 @@ from ryzen_callbacks.verdict import bound_of, line_to_meet, show
 
 from ryzen_llm.pipeline.drawings import bars, fractions, interval, loss_curve
 from ryzen_llm.pipeline.report import FinalReport
-from ryzen_llm.pipeline.wording import how_measured, show_quantity
+from ryzen_llm.pipeline.wording import how_measured, show_duration, show_quantity
 from ryzen_llm.selftest import IntegrationTestReport
 
 _MOST_ANOMALIES = 50
@@ -88,7 +88,12 @@ def _environment(autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"show": show, "show_quantity": show_quantity, "how_measured": how_measured}
+    environment.globals |= {
+        "show": show,
+        "show_quantity": show_quantity,
+        "show_duration": show_duration,
+        "how_measured": how_measured,
+    }
     return environment
 
 

@@ -10,7 +10,7 @@ _SECOND_UNITS = ((1.0, 1.0, "s"), (1e-3, 1e3, "ms"), (0.0, 1e6, "µs"))
 
 
 def show_quantity(quantity: Quantity) -> str:
-    """An arm's figure as a person reads it: 0.408 s, 12.3 ms, 1.50 MB, 3.779."""
+    """An arm's figure as a person reads it: 0.408 s, 12.3 ms, 1.50 MB, loss 3.779."""
     value = quantity.value
     if value is None:
         return "not measured"
@@ -22,7 +22,17 @@ def show_quantity(quantity: Quantity) -> str:
     if quantity.unit == "s":
         factor, unit = next((factor, unit) for least, factor, unit in _SECOND_UNITS if abs(value) >= least)
         return f"{value * factor:.3g} {unit}"
+    if quantity.unit == "loss":
+        return f"loss {value:.4g}"
     return f"{value:.4g} {quantity.unit}".rstrip()
+
+
+def show_duration(seconds: float) -> str:
+    """How long a phase took: 5.1 s, 12 min 5 s, 3 h 25 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def how_measured(result: ValidationResult) -> str:

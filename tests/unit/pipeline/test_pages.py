@@ -10,16 +10,18 @@ from made_reports import final_report
 from ryzen_callbacks import ValidationReport, ValidationResult
 from ryzen_callbacks.reports import Quantity
 
-from ryzen_llm.pipeline.drawings import ticks
+from ryzen_llm.pipeline.drawings import loss_curve, ticks
 from ryzen_llm.pipeline.pages import RunResults, write_html_report, write_markdown_report
-from ryzen_llm.pipeline.report import Accuracy, FinalReport, Phase
+from ryzen_llm.pipeline.report import Accuracy, FinalReport, Kernels, Phase
+from ryzen_llm.pipeline.wording import show_duration
 from ryzen_llm.selftest import IntegrationTestReport
 from ryzen_llm.selftest.report import TestResult
+from ryzen_llm.training import OpChoice
 
 HOSTILE = "<script>alert('x')</script><img src=//evil.example/a onerror=\"x\"> {{ 7 * 7 }} &amp; \"'>"
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "pre", "br", "b", "small"),
-    *("div", "span", "ul", "li", "dl", "dt", "dd", "table", "tr", "th", "td"),
+    *("div", "span", "ul", "li", "dl", "dt", "dd", "table", "thead", "tbody", "tr", "th", "td"),
     *("svg", "g", "polyline", "line", "rect", "circle", "text"),
 }
 
@@ -188,6 +190,13 @@ def test_the_curve_has_a_point_for_every_loss(tmp_path: Path) -> None:
     assert page.text.count("step 30: a spike") == 2
 
 
+@pytest.mark.parametrize(("evaluations", "radius"), [(2, "5"), (100, "2")])
+def test_many_validation_losses_do_not_hide_the_curve(evaluations: int, radius: str, tmp_path: Path) -> None:
+    val = rows(dict.fromkeys(range(evaluations), 3.0), "val_loss")
+    page = render(tmp_path, final_report(), training_data(batches=rows({1: 4.0, 100: 2.0}), epochs=val))
+    assert [e["r"] for e in page.elements if e.get("class") == "val"] == [radius] * evaluations
+
+
 def test_the_interval_is_drawn_to_scale(tmp_path: Path) -> None:
     """Interval 2 to 4 around 3, claimed 1.5: no change at 1 is the left end, 4 the right, 8% kept free."""
     result = claim_result(measured=3.0, ci_low=2.0, ci_high=4.0, threshold=1.5)
@@ -202,6 +211,16 @@ def test_the_interval_is_drawn_to_scale(tmp_path: Path) -> None:
     (width,) = [float(a["width"][:-1]) for a in page.elements if a.get("class") == "span"]
     assert width == pytest.approx(100 * 2 / (high - low), abs=0.02)
     assert "at least 1.5x" in page.text
+
+
+def test_a_difference_has_a_line_on_either_side(tmp_path: Path) -> None:
+    """Within 1% of no change, and 0.5% above it: four figures, equally far apart, with 8% kept free."""
+    result = claim_result(metric="difference", measured=0.005, threshold=0.01)
+    page = render(tmp_path, final_report(), results=[result])
+    ends = [100 * 0.08 / 1.16, 100 * 1.08 / 1.16]
+    assert [x for x, _ in page.places_of("threshold")] == pytest.approx(ends, abs=0.02)
+    assert page.places_of("faint")[0][0] == 50
+    assert "within ±1.00%" in page.text
 
 
 def test_bars_are_as_long_as_their_figures(tmp_path: Path) -> None:
@@ -238,6 +257,76 @@ def test_bars_are_as_long_as_their_figures(tmp_path: Path) -> None:
 )
 def test_ticks_are_round_numbers_within_the_axis(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("last", "labels"),
+    [
+        (2, ["0", "1", "2"]),
+        (600, ["0", "200", "400", "600"]),
+        (9000, ["0", "2,000", "4,000", "6,000", "8,000"]),
+        (70_000, ["0", "20k", "40k", "60k"]),
+        (1_600_000, ["0", "0.5M", "1M", "1.5M"]),
+    ],
+)
+def test_steps_are_whole_and_short_enough_for_a_phone(last: int, labels: list[str]) -> None:
+    curve = loss_curve(training_data(batches=rows({1: 12_000.0, last: 4.0})))
+    assert curve is not None
+    assert [label for _, label in curve.x_ticks] == labels
+    assert curve.y_ticks[-1][1] == "12,000"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0.06, "0.1 s"),
+        (50.88, "50.9 s"),
+        (68.2, "1 min 8 s"),
+        (3599.7, "1 h 0 min"),
+        (123456.7, "34 h 17 min"),
+    ],
+)
+def test_durations_fit_beside_their_bar(seconds: float, shown: str) -> None:
+    assert show_duration(seconds) == shown
+
+
+def test_every_op_has_its_choice_in_the_table(tmp_path: Path) -> None:
+    """Measured, the only one for this device, and left to the rules of thumb as none could be measured."""
+    late = [{"name": name, "excluded": "no time was left"} for name in ("fused", "all logits")]
+    fast = [{"name": name, "milliseconds": 2.5, "relative_error": 0.002} for name in ("C++", "written out")]
+    choices = [
+        OpChoice.model_validate({"op": op, "choice": choice, "trials": trials, "reason": reason})
+        for op, choice, trials, reason in (
+            ("norm", "C++", fast, None),
+            ("linear", "PyTorch", [], "no other form"),
+            ("loss", "automatic", late, "no time was left"),
+        )
+    ]
+    write_html_report(
+        tmp_path / "report.html", run_of(final_report(kernels=Kernels(device="cpu", choices=choices)))
+    )
+    table = (tmp_path / "report.html").read_text("utf-8").partition("<table>")[2].partition("</table>")[0]
+    bodies = table.split("<tbody>")[1:]
+    for body, choice in zip(bodies, choices, strict=True):
+        (chosen,) = re.findall(r'<tr class="PASS">(.*?)</tr>', body, re.DOTALL)
+        assert f"<td>{choice.op}</td><td>{choice.choice}</td>" in chosen
+        assert "chosen" in chosen
+        assert body.count("<td>" + choice.op) == 1
+    assert bodies[2].count("no time was left") == 3
+
+
+def test_a_figure_without_its_arms_is_in_both_pages(tmp_path: Path) -> None:
+    """As `validate_kernel_performance(actual, expected)` gives it; nothing is said on how it was measured."""
+    run = run_of(final_report(), results=[claim_result(measured=2.0)])
+    for write, name in ((write_html_report, "report.html"), (write_markdown_report, "report.md")):
+        page = write(tmp_path / name, run).read_text("utf-8")
+        assert "2x" in page
+        assert "How it was measured" not in page
+
+
+def test_the_machine_has_no_more_digits_than_say_anything(tmp_path: Path) -> None:
+    metadata = {"model": "tiny", "started_at": "2026-01-01", "environment": {"load_average": 0.99072265625}}
+    assert "0.991\n" in render(tmp_path, final_report(), training_data(metadata=metadata)).text
 
 
 def test_a_failed_self_test_is_there_with_its_traceback(tmp_path: Path) -> None:
