@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--keep-compressed",
         action="store_true",
-        help="write a compressed embedding as it is, for load_pretrained only",
+        help="write a compressed embedding in its packed form, for load_pretrained only",
     )
     options = parser.parse_args(arguments)
     try:

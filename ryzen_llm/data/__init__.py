@@ -3,9 +3,10 @@
 from ryzen_llm.data.corpus import Corpus, open_corpus
 from ryzen_llm.data.datamodule import TextDataModule
 from ryzen_llm.data.token_store import TokenStore, default_cache_dir
-from ryzen_llm.data.tokenizer import SpecialTokens, StreamDecoder, Tokenizer
+from ryzen_llm.data.tokenizer import OTHER_TOKENS, SpecialTokens, StreamDecoder, Tokenizer
 
 __all__ = [
+    "OTHER_TOKENS",
     "Corpus",
     "SpecialTokens",
     "StreamDecoder",

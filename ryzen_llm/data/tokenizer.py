@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ _END_OF_TEXT_NAMES = (
     "<|end▁of▁sentence|>",
 )
 _MIN_VOCAB_SIZE = 257  # every byte, and end-of-text
+OTHER_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""What transformers gives a chat template by name, besides bos_token and eos_token."""
 _SPECIAL_KEY = "ryzen_llm"
 """Where `Tokenizer.to_json` keeps what a tokenizer.json has no place for."""
 
@@ -40,23 +42,30 @@ class SpecialTokens:
         eos: token that ends a text, as its chat template calls it.
         stop_ids: ids that end a generation, besides end-of-text.
         chat_template: Jinja source that makes the text of a conversation.
+        others: further tokens by the names that its chat template calls them, of `OTHER_TOKENS`.
     """
 
     bos: str | None = None
     eos: str | None = None
     stop_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    others: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Any) -> "SpecialTokens":
         """The inverse of `dataclasses.asdict`, through JSON. Raises InputError for anything else."""
         texts = ("bos", "eos", "chat_template")
+        if isinstance(values, dict):
+            values = {"others": {}} | values  # which older files do not have
         if (
             not isinstance(values, dict)
-            or set(values) != {*texts, "stop_ids"}
+            or set(values) != {*texts, "stop_ids", "others"}
             or not all(values[name] is None or isinstance(values[name], str) for name in texts)
             or not isinstance(values["stop_ids"], list)
             or not all(type(token) is int for token in values["stop_ids"])
+            or not isinstance(values["others"], dict)
+            or not all(isinstance(token, str) for token in values["others"].values())
+            or not set(values["others"]) <= set(OTHER_TOKENS)
         ):
             raise InputError(f"tokenizer: {_SPECIAL_KEY} is not what Tokenizer.to_json writes")
         return cls(**values | {"stop_ids": tuple(values["stop_ids"])})

@@ -22,6 +22,17 @@ from ryzen_llm.decoding import Generator
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_pretrained, render_chat
 
+_HONOURED = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
+_WITHOUT_EFFECT = {
+    "min_p": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1,
+    "use_cache": True,
+}
+"""Values of other settings that change nothing."""
+
 
 class _StopString(Exception):
     """The text has come to where the task wants it cut."""
@@ -136,11 +147,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         return [found[index] for index in range(len(rows))]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that continues each prompt, up to a stop string, a stop token or the length."""
-        return [self._generate(*request.args) for request in requests]
+        """The text that continues each prompt, up to a stop string, a stop token or the length.
+
+        Raises InputError, before any text is made, for a setting of a task that cannot be honoured.
+        """
+        asked = [(prompt, _settings(settings)) for prompt, settings in (r.args for r in requests)]
+        return [self._generate(prompt, settings) for prompt, settings in asked]
 
     def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
-        settings = normalize_gen_kwargs(settings, 256)
         stops = [stop for stop in settings["until"] if stop]
         new_tokens = min(settings["max_gen_toks"], self.max_length - 1)
         ids = self.tok_encode(prompt)[-(self.max_length - new_tokens) :]
@@ -158,7 +172,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
                 torch.tensor(ids),
                 max_new_tokens=new_tokens,
                 temperature=settings.get("temperature", 0.0),
-                top_k=settings.get("top_k"),
+                top_k=settings["top_k"],
                 top_p=settings.get("top_p"),
                 stop_tokens=self._text.stop_ids,
                 on_token=push,
@@ -167,6 +181,23 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is not typed
         except _StopString:
             pass
         return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def _settings(asked: dict[str, Any]) -> dict[str, Any]:
+    """What a task asks of a generation, by the harness's own rules: not sampling is temperature 0."""
+    settings: dict[str, Any] = dict(normalize_gen_kwargs(asked, 256))
+    others = [
+        f"{name}={value}"
+        for name, value in settings.items()
+        if name not in _HONOURED and value is not None and value != _WITHOUT_EFFECT.get(name)
+    ]
+    if others:
+        raise InputError(
+            f"the task's generation_kwargs have {', '.join(others)}, expected {', '.join(_HONOURED)}: take "
+            "out what is more, or give a value without effect in --gen_kwargs, such as num_beams=1"
+        )
+    top_k = settings.get("top_k")
+    return settings | {"top_k": None if top_k in (0, -1) else top_k}  # which keep all, elsewhere
 
 
 if __name__ == "__main__":

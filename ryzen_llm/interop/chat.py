@@ -90,6 +90,7 @@ def render_chat(
     try:
         template = _Sandbox().from_string(special.chat_template)
         return template.render(
+            special.others,
             messages=list(messages),
             bos_token=special.bos or "",
             eos_token=special.eos or "",

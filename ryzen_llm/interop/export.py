@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def export_pretrained(
         directory: Where to; it must not be there yet, or be empty.
         dtype: "fp32", "bf16" or "fp16".
         max_shard_bytes: Size in bytes above which the weights are split into several files.
-        densify: Write a compressed embedding as the dense one that it stands for. Without, it is written as
-            it is, which only `load_pretrained` reads.
+        densify: Write a compressed embedding as the dense one that it stands for. Without, it is written in
+            its packed form, which only `load_pretrained` reads, and which is not trained.
 
     Raises InputError for a directory that is in use or cannot be written, an unknown dtype, and a model whose
     combination of options no architecture of transformers has.
@@ -71,8 +72,9 @@ def export_pretrained(
         norm_offset = 1.0 if model.config.post_norms else 0.0
         weights = ((name, t.to("cpu", target).contiguous()) for name, t in weights_of(model, norm_offset))
     else:
-        config = native_config(model.config)
-        weights = native_weights(model, target)
+        embedding = model.embedding.compressed()
+        config = native_config(replace(model.config, embedding_settings=embedding.settings or None))
+        weights = native_weights(model, embedding, target)
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise InputError(f"{directory}: is there already; name another directory, or remove it")
@@ -136,6 +138,7 @@ def _tokenizer_config(model: Transformer, tokenizer: Tokenizer) -> dict[str, Any
         "chat_template": special.chat_template,
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.max_position_embeddings,
+        **special.others,
     }
     return {name: value for name, value in values.items() if value is not None}
 

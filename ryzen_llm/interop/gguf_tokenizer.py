@@ -14,6 +14,13 @@ from ryzen_llm.errors import InputError
 from ryzen_llm.interop.fields import Fields
 
 _CONTROL, _USER_DEFINED = 3, 4
+_OTHERS = {
+    "unknown_token_id": "unk_token",
+    "seperator_token_id": "sep_token",  # as GGUF spells it
+    "padding_token_id": "pad_token",
+    "mask_token_id": "mask_token",
+}
+"""Keys of the metadata, and what chat templates call the tokens."""
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -91,6 +98,7 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
             eos=eos,
             stop_ids=tuple(sorted(vocabulary[token] for token in stops if token is not None)),
             chat_template=template,
+            others=_others(metadata, tokens),
         ),
     )
 
@@ -102,6 +110,12 @@ def _token(fields: Fields, name: str, tokens: list[str]) -> str | None:
     if not 0 <= index < len(tokens):
         raise InputError(f"{fields.where}: {name} is {index}, expected less than {len(tokens)}")
     return tokens[index]
+
+
+def _others(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+    """Those that are there; some files have an id that no token has, which only a template would need."""
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}") for key, name in _OTHERS.items()}
+    return {name: tokens[i] for name, i in ids.items() if type(i) is int and 0 <= i < len(tokens)}
 
 
 def _byte_level(fields: Fields, pre: str, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:

@@ -207,13 +207,24 @@ def _nope_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
 
 def _sliding(fields: Fields, model_type: str, num_layers: int, nope: tuple[int, ...]) -> dict[str, Any]:
     """`sliding_window` and `sliding_layers`, or nothing where every layer sees all tokens."""
+    layer_types = fields.items("layer_types", str, None)
+    if layer_types is not None and (
+        len(layer_types) != num_layers or not set(layer_types) <= {_SLIDING, _FULL}
+    ):
+        raise InputError(
+            f"{fields.where}: layer_types is not {_FULL} or {_SLIDING} for each of {num_layers} layers"
+        )
     if model_type == "llama":
-        return {}  # whatever it says about windows there is an unknown option
+        if _SLIDING in (layer_types or ()):  # which transformers passes over
+            raise InputError(
+                f"{fields.where}: layer_types has {_SLIDING}, expected {_FULL}: llama has no windows"
+            )
+        return {}  # whatever else it says about windows there is an unknown option
     none_given = fields.is_null("sliding_window")
     window = fields.whole("sliding_window", None if none_given or model_type == "smollm3" else 4096)
     if model_type == "mistral":
-        return {"sliding_window": window, "sliding_layers": tuple(range(num_layers))} if window else {}
-    if model_type == "gemma3_text":
+        sliding = list(range(num_layers))
+    elif model_type == "gemma3_text":
         fields.ignore("_sliding_window_pattern")  # transformers writes it, and never reads it
         pattern = fields.whole("sliding_window_pattern", 6)
         if pattern < 1:
@@ -224,12 +235,7 @@ def _sliding(fields: Fields, model_type: str, num_layers: int, nope: tuple[int, 
         first = fields.whole("max_window_layers", 28)
         window = window if used else None
         sliding = list(nope) if model_type == "smollm3" else list(range(first, num_layers))
-    layer_types = fields.items("layer_types", str, None)
     if layer_types is not None:
-        if len(layer_types) != num_layers or not set(layer_types) <= {_SLIDING, _FULL}:
-            raise InputError(
-                f"{fields.where}: layer_types is not {_FULL} or {_SLIDING} for each of {num_layers} layers"
-            )
         sliding = [i for i, kind in enumerate(layer_types) if kind == _SLIDING]
         if sliding and not window:
             raise InputError(

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ryzen_llm.data import SpecialTokens, Tokenizer
+from ryzen_llm.data import OTHER_TOKENS, SpecialTokens, Tokenizer
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop.fields import Fields
 from ryzen_llm.interop.hf_config import parse_config
@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 _DTYPES = ("F32", "F16", "BF16", "F64")
 _ROPE_FREQUENCIES = ".rotary_emb.inv_freq"
@@ -146,6 +147,8 @@ def _read_tokenizer(directory: Path, config: dict[str, Any]) -> Tokenizer:
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
     settings = read_json(directory / TOKENIZER_CONFIG) if (directory / TOKENIZER_CONFIG).is_file() else {}
+    if "added_tokens_decoder" not in settings and (directory / SPECIAL_TOKENS).is_file():  # an old one
+        settings |= read_json(directory / SPECIAL_TOKENS)
     generation = read_json(directory / GENERATION_CONFIG) if (directory / GENERATION_CONFIG).is_file() else {}
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
@@ -164,6 +167,7 @@ def _read_tokenizer(directory: Path, config: dict[str, Any]) -> Tokenizer:
             raise InputError(f"{directory / CHAT_TEMPLATE}: cannot be read ({error})") from error
     if template is not None and not isinstance(template, str):
         raise InputError(f"{directory / TOKENIZER_CONFIG}: chat_template is not a text")
+    others = {name: _token(settings, name, directory) for name in OTHER_TOKENS}
     stop_ids = _token_ids(config, directory / CONFIG) + _token_ids(generation, directory / GENERATION_CONFIG)
     return Tokenizer.from_file(
         directory / TOKENIZER,
@@ -172,6 +176,7 @@ def _read_tokenizer(directory: Path, config: dict[str, Any]) -> Tokenizer:
             eos=_token(settings, "eos_token", directory),
             stop_ids=tuple(sorted(set(stop_ids))),
             chat_template=template,
+            others={name: token for name, token in others.items() if token is not None},
         ),
     )
 

@@ -17,6 +17,7 @@ from ryzen_llm.interop.fields import Fields
 from ryzen_llm.interop.hf_config import checked_layers
 from ryzen_llm.interop.weights import TensorSource, compare_shapes, model_without_memory
 from ryzen_llm.model import ModelConfig, Transformer
+from ryzen_llm.model.embedding import Embedding
 
 MODEL_TYPE = "ryzen_llm"
 _SHAPE = "model"
@@ -28,10 +29,17 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
     return {"model_type": MODEL_TYPE, _SHAPE: config.to_dict()}
 
 
-def native_weights(model: Transformer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights by their own names, in `dtype` but for those of the embedding, which stay as they are."""
+def native_weights(
+    model: Transformer, embedding: Embedding, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights by their own names in `dtype`, and as they are those of `embedding`, which takes
+    the place of the model's own.
+    """
     for name, tensor in model.state_dict().items():
-        yield name, tensor.to("cpu", tensor.dtype if name.startswith(_EMBEDDING) else dtype).contiguous()
+        if not name.startswith(_EMBEDDING):
+            yield name, tensor.to("cpu", dtype).contiguous()
+    for name, tensor in embedding.state_dict().items():
+        yield _EMBEDDING + name, tensor.to("cpu").contiguous()
 
 
 def parse_native(values: Mapping[str, Any], where: str) -> ModelConfig:

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -59,7 +61,7 @@ def test_what_one_thread_renders_lets_no_other_forge_special_tokens() -> None:
 @pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy])
 def test_a_copy_is_the_same_tokenizer(copied: Callable[[Tokenizer], Tokenizer]) -> None:
     """Processes are given one by pickle, and no text forges a special token there either."""
-    special = SpecialTokens("<s>", END_OF_TEXT, (7,), "{{ messages }}")
+    special = SpecialTokens("<s>", END_OF_TEXT, (7,), "{{ messages }}", {"pad_token": "<pad>"})
     original = Tokenizer.from_json(TOKENIZER.to_json(), special)
     assert original.encode_rendered(END_OF_TEXT) == [original.end_of_text_id]
     again = copied(original)
@@ -67,6 +69,20 @@ def test_a_copy_is_the_same_tokenizer(copied: Callable[[Tokenizer], Tokenizer]) 
     assert again.special == special
     assert again.encode(END_OF_TEXT) == TOKENIZER.encode(END_OF_TEXT)
     assert again.encode_rendered(END_OF_TEXT) == [original.end_of_text_id]
+
+
+def test_what_a_tokenizer_of_before_it_knew_other_tokens_has_kept_is_read() -> None:
+    special = SpecialTokens("<s>", END_OF_TEXT, (7,), "{{ messages }}")
+    content = json.loads(Tokenizer.from_json(TOKENIZER.to_json(), special).to_json())
+    del content["ryzen_llm"]["others"]
+    assert Tokenizer.from_json(json.dumps(content)).special == special
+
+
+@pytest.mark.parametrize("others", [None, [], {"pad_token": 3}, {"messages": "none"}])
+def test_other_tokens_that_are_none_are_refused(others: Any) -> None:
+    content = json.loads(TOKENIZER.to_json()) | {"ryzen_llm": asdict(SpecialTokens()) | {"others": others}}
+    with pytest.raises(InputError, match="is not what Tokenizer"):
+        Tokenizer.from_json(json.dumps(content))
 
 
 def test_a_reloaded_tokenizer_is_the_same(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from ryzen_llm.errors import InputError
+
 sys.path.append(str(Path(__file__).parents[1] / "interop"))
 from random_models import save
 
@@ -103,3 +105,54 @@ def test_every_kind_of_task_gives_what_transformers_gives(folder: Path) -> None:
                 assert ours[task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
     assert theirs["small_multiple_choice"]["acc,none"] not in (0, 1)
     assert torch.tensor(theirs["small_loglikelihood"]["perplexity,none"]).isfinite()
+
+
+@pytest.fixture
+def model(folder: Path) -> Any:
+    from ryzen_llm.evaluation.harness import HarnessModel
+
+    return HarnessModel(str(folder / "model"), max_length=64)
+
+
+def asking(*settings: dict[str, Any]) -> list[Any]:
+    """A request of the harness for each."""
+    return [
+        lm_eval.api.instance.Instance("generate_until", {}, ("the cat", one | {"max_gen_toks": 4}), index)
+        for index, one in enumerate(settings)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (0.0, None, None)),
+        ({"do_sample": False, "temperature": 0.7}, (0.0, None, None)),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}, (0.7, 20, 0.9)),
+        ({"temperature": 0.7, "top_k": 0}, (0.7, None, None)),
+        ({"temperature": 0.7, "top_k": -1, "top_p": 1.0}, (0.7, None, 1.0)),
+        ({"num_beams": 1, "repetition_penalty": 1.0, "min_p": None}, (0.0, None, None)),
+    ],
+)
+def test_what_a_task_says_of_sampling_is_done(
+    settings: dict[str, Any], expected: tuple[Any, ...], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(model._generator, "generate", lambda ids, **how: given.update(how))
+    model.generate_until(asking(settings))
+    assert (given["temperature"], given["top_k"], given["top_p"]) == expected
+    assert given["max_new_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_beams": 10}, "generation_kwargs have num_beams=10, expected until, max_gen_toks, do_sample"),
+        ({"repetition_penalty": 1.2, "seed": 3}, "have repetition_penalty=1.2, seed=3, expected"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused_before_any_text_is_made(
+    setting: dict[str, Any], message: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model._generator, "generate", lambda *_, **__: pytest.fail("a text was made"))
+    with pytest.raises(InputError, match=message):
+        model.generate_until(asking({}, setting))

@@ -148,6 +148,18 @@ def test_gemmas_norms_in_bf16_are_exported_exactly(directory: Path, tmp_path: Pa
     torch.testing.assert_close(again.norm.weight, model.norm.weight.float(), atol=1e-7, rtol=0)
 
 
+def test_a_mistral_with_windows_in_some_layers_is_exported(directory: Path, tmp_path: Path) -> None:
+    """As an architecture that computes the same."""
+    _, tokenizer = load_pretrained(directory)
+    model = Transformer(ModelConfig(**SHAPE, sliding_window=7, sliding_layers=(0, 2))).eval()
+    exported = export_pretrained(model, tokenizer, tmp_path / "out")
+    assert same(load_pretrained(exported)[0], model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    ids = random_ids(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+
+
 def test_a_combination_that_no_architecture_has_is_refused(directory: Path, tmp_path: Path) -> None:
     _, tokenizer = load_pretrained(directory)
     model = Transformer(ModelConfig(**SHAPE, qkv_bias=True, qk_norm=True))
@@ -199,6 +211,7 @@ def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
     exported = export_pretrained(model, tokenizer, tmp_path / "out", densify=False, dtype="bf16")
     again, same_tokenizer = load_pretrained(exported)
     assert same_tokenizer.to_json() == tokenizer.to_json()
+    model.replace_embedding(model.embedding.compressed())
     assert again.config == model.config
     theirs = again.embedding.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.embedding.state_dict().items())
@@ -210,6 +223,31 @@ def test_asked_to_it_stays_compressed_and_transformers_refuses_it(
     with torch.no_grad():
         agreement = torch.nn.functional.cosine_similarity(in_half(ids).float(), again(ids), dim=-1)
     assert agreement.min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("quantized", {"bits": [[100, 4], [200, 2]]}),
+        ("product", {"width": 4, "entries": 16}),
+    ],
+)
+def test_an_embedding_in_the_form_that_is_trained_stays_compressed_by_being_packed(
+    kind: str, settings: dict[str, Any], directory: Path, tmp_path: Path
+) -> None:
+    _, tokenizer = load_pretrained(directory)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SHAPE, embedding=kind, embedding_settings=settings)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exported = export_pretrained(model, tokenizer, tmp_path / "out", densify=False)
+    assert model.config.embedding_settings == settings
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(name == "embedding.weight" for name in load_file(exported / "model.safetensors"))
+    again, _ = load_pretrained(exported)
+    model.replace_embedding(model.embedding.compressed())
+    assert same(again, model)
+    with torch.no_grad():
+        assert torch.equal(again(random_ids(2, 20)), model(random_ids(2, 20)))
 
 
 @pytest.mark.parametrize("compressed", ["factorized"], indirect=True)

@@ -127,6 +127,15 @@ def test_the_tokenizer_of_the_metadata_is_the_one_written(tmp_path: Path) -> Non
     assert tokenizer.special.chat_template == TEMPLATE
 
 
+def test_special_tokens_of_the_metadata_have_the_names_that_templates_call_them(tmp_path: Path) -> None:
+    """One that is beyond the vocabulary, as in some files, has none."""
+    ids = {"padding": 1, "unknown": 0, "mask": 10**6}
+    metadata = {f"tokenizer.ggml.{name}_token_id": (index, UINT) for name, index in ids.items()}
+    write_gguf(tmp_path / "m.gguf", "llama", "llama", metadata=metadata)
+    _, tokenizer = load_pretrained(tmp_path / "m.gguf")
+    assert tokenizer.special.others == {"pad_token": "<|im_start|>", "unk_token": "<|endoftext|>"}
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another architecture": ("falcon", {}, "'falcon' is not supported, expected one of llama"),
     "experts": ("llama", {"llama.expert_count": (8, UINT)}, "'expert_count' = 8 is not a known option"),

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from random_models import TEMPLATE, random_ids, save
+from random_models import LAYERS, TEMPLATE, random_ids, save
 from safetensors.torch import load_file, save_file
 
+from ryzen_llm.data import Tokenizer
 from ryzen_llm.errors import InputError
-from ryzen_llm.interop import load_pretrained
+from ryzen_llm.interop import export_pretrained, load_pretrained, render_chat
 
 
 def test_logits_equal_those_of_transformers(every_kind: tuple[Path, Any]) -> None:
@@ -129,6 +130,56 @@ def test_gemmas_pattern_is_read_by_the_name_that_transformers_reads(name: str, t
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("llama", ["full_attention"] * 3),
+        ("mistral with a window", ["full_attention"] * 3),
+        ("mistral with a window", ["sliding_attention"] * 3),
+        ("mistral with a window", LAYERS),
+    ],
+)
+def test_layer_types_of_llama_and_mistral_are_read_as_by_transformers(
+    kind: str, layers: list[str], tmp_path: Path
+) -> None:
+    """Which takes a Mistral that has them for a Ministral."""
+    save(kind, tmp_path)
+    edit(tmp_path / "config.json", layer_types=layers)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model, _ = load_pretrained(tmp_path)
+    ids = random_ids(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=2e-5, rtol=1e-5)
+
+
+def test_a_mistral_of_full_layers_without_a_window_is_one_without_layer_types(tmp_path: Path) -> None:
+    """Ministral's code asks for a window that no layer has, and fails."""
+    reference = save("mistral", tmp_path)
+    edit(tmp_path / "config.json", layer_types=["full_attention"] * 3)
+    model, _ = load_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(random_ids(1, 40)), reference(random_ids(1, 40)).logits, atol=2e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "message"),
+    [
+        ("llama", LAYERS, "layer_types has sliding_attention, expected full_attention: llama has no windows"),
+        ("mistral", LAYERS, "layer_types has sliding layers, but no sliding_window is in use"),
+        ("llama", ["full_attention"] * 2, "layer_types is not full_attention or .* for each of 3 layers"),
+        ("mistral", ["chunked_attention"] * 3, "layer_types is not full_attention or"),
+        ("llama", "full_attention", "layer_types is 'full_attention', expected a list of str"),
+    ],
+)
+def test_layer_types_that_cannot_be_are_refused(kind: str, layers: Any, message: str, tmp_path: Path) -> None:
+    save(kind, tmp_path)
+    edit(tmp_path / "config.json", layer_types=layers)
+    with pytest.raises(InputError, match=message):
+        load_pretrained(tmp_path)
+
+
 def test_what_transformers_wrote_before_its_fifth_version_reads_the_same(tmp_path: Path) -> None:
     """rope_theta and rope_scaling beside each other, and the kind of scaling as `type`."""
     reference = save("llama with linear rope", tmp_path)
@@ -166,6 +217,30 @@ def test_the_tokenizer_knows_what_ends_a_generation_and_its_template(directory: 
     assert tokenizer.special.eos == "<|im_end|>"
     assert tokenizer.special.chat_template == TEMPLATE
     assert tokenizer.decode(tokenizer.encode("the cat, naïve")) == "the cat, naïve"
+
+
+NAMED = "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ sep_token is defined }}"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_chat_template_has_the_special_tokens_that_the_files_name(
+    place: str, directory: Path, tmp_path: Path
+) -> None:
+    """In the older place, too, and still after an export and in a checkpoint's form of the tokenizer."""
+    (directory / "chat_template.jinja").write_text(NAMED)
+    named = {"unk_token": "<|endoftext|>", "pad_token": {"content": "<|im_start|>"}, "mask_token": None}
+    if place == "special_tokens_map.json":
+        (directory / place).write_text("{}")
+    edit(directory / place, **named)
+    model, tokenizer = load_pretrained(directory)
+    text = "|<|im_end|>|<|endoftext|>|<|im_start|>|False"
+    messages = [{"role": "user", "content": "hi"}]
+    assert render_chat(tokenizer, messages) == text
+    assert render_chat(Tokenizer.from_json(tokenizer.to_json()), messages) == text
+    exported = export_pretrained(model, tokenizer, tmp_path / "out")
+    assert render_chat(load_pretrained(exported)[1], messages) == text
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    assert theirs.apply_chat_template(messages, tokenize=False) == text
 
 
 # By what is changed in config.json, the words of the refusal.

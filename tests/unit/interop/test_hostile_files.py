@@ -142,7 +142,7 @@ def test_a_compressed_directory_with_other_values(
     directory = tmp_path_factory.getbasetemp() / "compressed"
     shutil.copytree(sound / "hf", directory, dirs_exist_ok=True)
     model, _ = load_pretrained(sound / "hf")
-    save_file(dict(native_weights(model, torch.float32)), directory / "model.safetensors")
+    save_file(dict(native_weights(model, model.embedding, torch.float32)), directory / "model.safetensors")
     values = native_config(model.config)
     (directory / "config.json").write_text(json.dumps(values))
     assert attempt(directory) is None
