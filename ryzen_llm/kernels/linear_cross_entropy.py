@@ -122,7 +122,9 @@ def _total(
     slab_scale: float,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weighted sum of the losses, predictions (rows,), and its gradients by x and weight (else empty)."""
+    """Weighted sum of the losses, predictions (rows,), and its gradients by x and weight (else empty), that
+    by weight in `_kept_dtype`.
+    """
     losses, predictions, dx, dw = _in_chunks(
         x, weight, targets, row_weights, label_smoothing, z_loss, compiled, slab_scale, gradients
     )
@@ -142,12 +144,14 @@ def _total_fake(
     slab_scale: float,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dw = (t.new_empty(t.shape if gradients else (0,)) for t in (x, weight))
+    dx = x.new_empty(x.shape if gradients else (0,))
+    dw = weight.new_empty(weight.shape if gradients else (0,), dtype=_kept_dtype(weight))
     return row_weights.new_empty(()), torch.empty_like(targets), dx, dw
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:])
+    ctx.weight_dtype = inputs[1].dtype
     ctx.set_materialize_grads(False)
 
 
@@ -157,8 +161,8 @@ def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tenso
         return (None,) * 9
     dx, dw = ctx.saved_tensors
     if type(upstream) is Tensor and upstream.is_cpu and upstream == 1:  # a GPU would be waited for
-        return dx, dw, *(None,) * 7
-    return (dx * upstream).to(dx.dtype), (dw * upstream).to(dw.dtype), *(None,) * 7
+        return dx, dw.to(ctx.weight_dtype), *(None,) * 7
+    return (dx * upstream).to(dx.dtype), (dw * upstream).to(ctx.weight_dtype), *(None,) * 7
 
 
 _total.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -211,7 +215,7 @@ def _recompute(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | Non
         return (None,) * 7
     x, weight, targets = ctx.saved_tensors
     _, _, dx, dw = _total(x, weight, targets, upstream, *ctx.settings, True)
-    return dx, dw, *(None,) * 5
+    return dx, dw.to(weight.dtype), *(None,) * 5
 
 
 _rows.register_autograd(_recompute, setup_context=_keep_inputs)
@@ -259,11 +263,27 @@ def _in_chunks(
             linear_cpu.add_by_weight(dw, logits, x[part], add=start > 0)
         elif dw is not None:
             torch.mm(logits, head, out=dx[part])
-            product = logits.T @ x[part]
+            product = _by_weight(logits, x[part])
             for first in range(0, vocab, summed):
                 sums, terms = dw[first : first + summed], product[first : first + summed]
                 sums.add_(terms) if start else sums.copy_(terms)
-    return losses, predictions, dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
+    kept = _kept_dtype(weight)
+    return losses, predictions, dx, weight.new_empty(0, dtype=kept) if dw is None else dw.to(kept)
+
+
+def _kept_dtype(weight: Tensor) -> torch.dtype:
+    """Of the weight's gradient until backward has scaled it: before, its sums may be too large for fp16."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
+
+
+def _by_weight(dlogits: Tensor, x: Tensor) -> Tensor:
+    """dlogitsᵀ x, from fp16 in fp32: a sum over the rows may be too large for fp16."""
+    if x.dtype != torch.float16:
+        return dlogits.T @ x
+    with torch.autocast(x.device.type, enabled=False):  # it would make fp16 of them again
+        if x.is_cuda:
+            return torch.mm(dlogits.T, x, out_dtype=torch.float32)
+        return dlogits.T.float() @ x.float()
 
 
 def slab_rows(rows: int, vocab: int, element_size: int, device: torch.device, scale: float = 1.0) -> int:

@@ -170,6 +170,35 @@ def test_the_mean_over_no_rows_is_nan_as_in_pytorch(dtype: torch.dtype) -> None:
     assert linear_cross_entropy(x.to(dtype), weight.to(dtype), targets)[0].isnan()
 
 
+def half_precision_gradients_are_not_lost(device: str, weight_dtype: torch.dtype, reduction: Any) -> None:
+    """30 by one weight: its sum over 4096 rows, before it is divided, is beyond fp16's largest, 65504."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4096, 16, generator=draw) / 8, torch.randn(64, 16, generator=draw) / 8
+    x[:, 0], weight[:, 0] = 30, 0
+    x, weight, targets = x.half(), weight.half(), torch.zeros(4096, dtype=torch.int64)
+    exact = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    expected = torch.autograd.grad(formula(*exact, targets), exact)
+    leaves = [x.to(device).requires_grad_(), weight.to(device, weight_dtype).requires_grad_()]
+    with torch.autocast(device, torch.float16, enabled=weight_dtype != torch.float16):
+        loss, _ = linear_cross_entropy(*leaves, targets.to(device), reduction=reduction)
+    for ours, theirs in zip(torch.autograd.grad(loss.mean(), leaves), expected, strict=True):
+        assert (ours.double().cpu() - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["fp16", "autocast"])
+def test_the_gradient_by_the_weight_is_summed_in_fp32_and_scaled_before_it_is_rounded_to_fp16(
+    weight_dtype: torch.dtype, reduction: Any
+) -> None:
+    half_precision_gradients_are_not_lost("cpu", weight_dtype, reduction)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["fp16", "autocast"])
+def test_so_it_is_on_a_gpu(weight_dtype: torch.dtype) -> None:
+    half_precision_gradients_are_not_lost("cuda", weight_dtype, "mean")
+
+
 def test_one_row_without_a_batch() -> None:
     x, weight, targets = inputs(1, 4, 5)
     loss, _ = linear_cross_entropy(x[0], weight, targets[0])
