@@ -14,7 +14,15 @@ from ryzen_llm.kernels.linear_on_gpu import (
     pack_nibbles,
     unpack_nibbles,
 )
-from ryzen_llm.kernels.quantised_linear import GROUP, PackedWeight, pack_int4, pack_int8, quantised_linear
+from ryzen_llm.kernels.quantised_linear import (
+    GROUP,
+    INT8_INPUTS,
+    TILE,
+    PackedWeight,
+    pack_int4,
+    pack_int8,
+    quantised_linear,
+)
 from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import DenseEmbedding
 
@@ -31,7 +39,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, name: str) -> None:
         super().__init__()
-        _require_multiple(name, linear, "in_features", 16, "int8")
+        _require_multiple(name, linear, "in_features", INT8_INPUTS, "int8")
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         codes = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
@@ -68,7 +76,7 @@ class Int4Linear(nn.Module):
                 f"weights int4 need a CPU or CUDA, not {linear.weight.device.type}: choose int8 or bf16"
             )
         _require_multiple(name, linear, "in_features", GROUP, "int4")
-        _require_multiple(name, linear, "out_features", 16, "int4")
+        _require_multiple(name, linear, "out_features", TILE, "int4")
         groups = linear.weight.detach().float().view(linear.out_features, -1, GROUP)
         minimum = groups.amin(-1).bfloat16()
         scale = ((groups.amax(-1) - minimum.float()) / 15).clamp(min=1e-6).bfloat16()
@@ -184,9 +192,10 @@ def _replace(model: Transformer, path: str, module: nn.Module) -> None:
 def _require_multiple(name: str, linear: nn.Linear, side: str, multiple: int, kind: str) -> None:
     size = getattr(linear, side)
     if size % multiple:
+        suited = "int8 or bf16" if kind == "int4" and not linear.in_features % INT8_INPUTS else "bf16"
         raise InputError(
-            f"weights {kind}: {name} has {side} = {size}, expected a multiple of {multiple}: choose "
-            f"{'int8 or ' if kind == 'int4' and not linear.in_features % 16 else ''}bf16 for this model"
+            f"weights {kind}: {name} has {side} = {size}, expected a multiple of {multiple}: choose {suited} "
+            "for this model"
         )
 
 

@@ -23,11 +23,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ryzen_llm.errors import InputError
 from ryzen_llm.kernels.cpp_extension import compile_beside
 from ryzen_llm.kernels.hardware import cpu_features
 
 GROUP = 32
 TILE = 16
+INT8_INPUTS = 16
+"""With 8 bits, what the number of inputs is a multiple of."""
 
 
 def is_in_cpp(dtype: torch.dtype) -> bool:
@@ -61,8 +64,15 @@ def pack_int4(codes: Tensor, scale: Tensor, minimum: Tensor, dtype: torch.dtype)
         scale: (out_features, groups) bf16.
         minimum: The same.
         dtype: Of the inputs, bf16 or fp32.
+
+    Raises InputError for codes of another shape.
     """
-    out_features, groups, _ = codes.shape
+    out_features, groups, group = codes.shape
+    if out_features % TILE or group != GROUP:
+        raise InputError(
+            f"codes are {tuple(codes.shape)}, expected (out_features, groups, {GROUP}) with out_features a "
+            f"multiple of {TILE}: pad the weight with zeros, or keep it as it is"
+        )
     if not is_in_cpp(dtype):
         whole = codes.view(out_features, -1).to(torch.int32)
         zero = minimum.float() + 8 * scale.float()
@@ -80,11 +90,19 @@ def pack_int8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> PackedWeight:
     """The same of 8 bits.
 
     Args:
-        codes: (out_features, in_features) int8; multiples of 16 and, in C++, of 32.
+        codes: (out_features, in_features) int8; in_features is a multiple of 16. In C++ it is one of 32, and
+            out_features one of 16: PyTorch's op takes the others.
         scale: (out_features,) fp32.
         dtype: Of the inputs, bf16 or fp32.
+
+    Raises InputError for another number of inputs, for which PyTorch's op reads beyond the codes in bf16.
     """
     out_features, in_features = codes.shape
+    if in_features % INT8_INPUTS:
+        raise InputError(
+            f"codes are {tuple(codes.shape)}, expected (out_features, in_features) with in_features a "
+            f"multiple of {INT8_INPUTS}: pad the weight with zeros, or keep it as it is"
+        )
     if out_features % TILE or in_features % GROUP or not is_in_cpp(dtype):
         return PackedWeight(codes.contiguous(), scale.to(dtype))
     parts = (codes.view(-1, TILE, in_features // 4, 4).to(torch.int16) + 128).to(torch.uint8)

@@ -107,7 +107,8 @@ class Quality:
     """What an embedding costs against the dense one, on a text.
 
     Attributes:
-        perplexity: With this embedding.
+        perplexity: With this embedding; infinite where the loss is more than 709 nats a token, as that of
+            damaged weights may be.
         perplexity_increase: Relative to the dense one's.
         kl: Mean divergence of the predictions from the dense model's, in nats a token.
         top1_agreement: Share of positions with the same most likely token.
@@ -142,8 +143,15 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
     qualities = {}
     for name, total in sums.items():
         dense, loss, kl, same = (total / tokens).tolist()
-        qualities[name] = Quality(math.exp(loss), math.exp(loss - dense) - 1, kl, same)
+        qualities[name] = Quality(_exp(loss), _exp(loss - dense) - 1, kl, same)
     return qualities
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # beyond 709 nats
+        return math.inf
 
 
 def with_embedding(model: Transformer, embedding: Embedding) -> Transformer:

@@ -67,6 +67,22 @@ def test_sizes_that_the_ops_get_wrong_are_refused(kind: Any, sizes: tuple[int, i
         kind(nn.Linear(*sizes), "it")
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_model_with_a_layer_of_such_a_size_is_refused_by_the_layers_name(weights: str) -> None:
+    config = ModelConfig(
+        vocab_size=112,
+        hidden_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=72,
+        max_position_embeddings=64,
+    )
+    message = rf"weights {weights}: blocks\.0\.mlp\.down_proj has in_features = 72, .*: choose bf16"
+    with pytest.raises(InputError, match=message):
+        Generator(Transformer(config), weights=weights)
+
+
 @pytest.mark.parametrize(("weights", "largest"), [("int8", 0.03), ("int4", 0.3)])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("has_bf16", [True, False])

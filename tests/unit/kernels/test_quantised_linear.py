@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import quantised_linear as module
 from ryzen_llm.kernels.hardware import cpu_features
 from ryzen_llm.kernels.quantised_linear import PackedWeight, pack_int4, pack_int8, quantised_linear
@@ -147,6 +148,38 @@ def test_inputs_of_another_size_or_dtype_are_refused(weights: Weights, bits: int
             quantised_linear(x, packed, bits)
     with pytest.raises(RuntimeError, match="expected contiguous tiles"):
         quantised_linear(torch.zeros(2, 96, dtype=dtype), PackedWeight(packed.codes[:, 1:], None), bits)
+
+
+@pytest.mark.parametrize("in_cpp", [True, False], ids=["C++", "PyTorch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_sizes_that_are_not_laid_out_are_refused(
+    dtype: torch.dtype, in_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's op of 8 bits would read beyond them, and end the process at times."""
+    if not in_cpp:
+        monkeypatch.setattr(module, "is_in_cpp", lambda dtype: False)
+    for in_features in (1, 24, 40, 100):
+        with pytest.raises(InputError, match=rf"codes are \(16, {in_features}\), expected .* multiple of 16"):
+            pack_int8(torch.zeros(16, in_features, dtype=torch.int8), torch.ones(16), dtype)
+    for shape in ((40, 2, 32), (1, 2, 32), (32, 2, 16)):
+        factors = torch.ones(shape[:2], dtype=torch.bfloat16)
+        with pytest.raises(InputError, match=r"codes are .*, expected \(out_features, groups, 32\)"):
+            pack_int4(torch.zeros(shape, dtype=torch.uint8), factors, factors, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(5, 48), (40, 96), (48, 80)])
+def test_with_8_bits_sizes_that_the_tiles_do_not_fit_are_multiplied_by_pytorchs_op(
+    sizes: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    codes, scale = torch.randint(-127, 128, sizes, dtype=torch.int8), torch.rand(sizes[0]).bfloat16().float()
+    weights = Weights(codes, (scale,), codes.double() * scale.double()[:, None])
+    x = torch.randn(3, sizes[1]).to(dtype)
+    expected, terms = in_fp64(x, weights)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2**-20
+    y = quantised_linear(x, weights.packed(dtype), 8)
+    assert ((y.double() - expected).abs() <= (expected.abs() + terms) * rounding + 1e-5).all()
 
 
 @needs_avx2

@@ -116,6 +116,23 @@ def test_measure_gives_the_figures_of_all_logits_at_once(model: Transformer, tex
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
 
 
+def test_a_loss_beyond_what_exp_holds_is_an_infinite_perplexity(
+    model: Transformer, text: torch.Tensor
+) -> None:
+    """And where both are, what one costs over the other is still a number."""
+    far, farther = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        far.norm.weight.mul_(-1e4)
+        farther.norm.weight.mul_(-1.00001e4)
+    found = measure(model, {"far": far}, text)["far"]
+    assert found.perplexity == math.inf
+    assert found.perplexity_increase == math.inf
+    assert 709 < found.kl < math.inf
+    both = measure(far, {"farther": farther}, text)["farther"]
+    assert both.perplexity == math.inf
+    assert math.isfinite(both.perplexity_increase)
+
+
 def test_a_ratio_is_reached_and_the_best_of_the_kinds_is_chosen(
     compressor: EmbeddingCompressor, model: Transformer
 ) -> None:
