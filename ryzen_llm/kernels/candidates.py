@@ -52,8 +52,8 @@ def _any_of(*reasons: Unsuited) -> Unsuited:
 
 def _no_triton(work: Workload) -> str | None:
     if work.device.type != "cuda":
-        return "Triton needs a GPU"
-    return None if find_spec("triton") else "Triton is not installed"
+        return "needs a GPU"
+    return None if find_spec("triton") else "is not installed"
 
 
 def _in_cpp(module: ModuleType) -> Unsuited:

@@ -86,14 +86,16 @@ class KernelOptimizer:
     def optimize(self, on_op: Callable[[str, int, int], None] = lambda *_: None) -> list[OpChoice]:
         """Choose for every op, and have the model use the choices.
 
-        `on_op` is called with (op, ops done, ops in all) before each.
+        `on_op` is called with (op, ops done, ops in all) before each. What is measured are forward and
+        backward, also where the caller is in `torch.inference_mode()` or `torch.no_grad()`.
         """
         ops = ops_of(self.workload)
         self._deadline: float | None = None  # until the first op that has to be measured
         choices = []
         for done, op in enumerate(ops):
             on_op(op, done, len(ops))
-            choices.append(self._choose(op))
+            with torch.inference_mode(False), torch.enable_grad():
+                choices.append(self._choose(op))
         self.model.use_kernels(KernelChoices(**{choice.op: choice.choice for choice in choices}))
         return choices
 
@@ -107,9 +109,11 @@ class KernelOptimizer:
             return OpChoice(op=op, choice=AUTOMATIC, reason=f"not measured: {type(error).__name__}: {error}")
 
     def _measure(self, op: str, key: dict[str, Any], path: Path) -> OpChoice:
-        suited = [name for name, form in CANDIDATES[op].items() if not form.unsuited(self.workload)]
+        unsuited = {name: form.unsuited(self.workload) for name, form in CANDIDATES[op].items()}
+        suited = [name for name, why in unsuited.items() if not why]
         if len(suited) == 1:
-            return OpChoice(op=op, choice=suited[0], reason="not measured: no other form is for this device")
+            others = ", ".join(f"{name}: {why}" for name, why in unsuited.items() if why)
+            return OpChoice(op=op, choice=suited[0], reason=f"not measured: no other form suits ({others})")
         marker = path.with_suffix(".trying")
         with ExitStack() as held:
             writable = True

@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,21 @@ def choose(
     optimizer = KernelOptimizer(model, 2, context, bf16=bf16, compile=False, cache_dir=cache_dir)
     (found,) = (choice for choice in optimizer.optimize() if choice.op == op)
     return found
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_where_gradients_are_off_the_same_is_measured(
+    mode: Callable[[], AbstractContextManager[None]], forms: Callable[..., None], tmp_path: Path
+) -> None:
+    """Backward, too: a form without one is left out as it is elsewhere."""
+    model = build()
+    forms(slow=slow, no_backward=no_backward, fast=swiglu)
+    with mode():
+        choice = choose(model, tmp_path)
+    assert choice.choice == "fast"
+    assert choice.reason is None
+    assert [trial.name for trial in choice.trials if trial.milliseconds is not None] == ["slow", "fast"]
+    assert all(p.requires_grad and not p.is_inference() for p in model.parameters())
 
 
 def test_the_fastest_that_is_right_is_chosen_and_the_others_have_their_reasons(
@@ -287,3 +303,8 @@ def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
         KernelChoices(norm="fast")
     with pytest.raises(InputError, match="batch_size is 0"):
         KernelOptimizer(build(), 0, 8, cache_dir=tmp_path)
+
+
+def test_why_there_was_nothing_to_choose_from_is_said(tmp_path: Path) -> None:
+    """Of each form that does not suit: a small batch is another matter than another device."""
+    assert choose(build(), tmp_path).reason == "not measured: no other form suits (Triton: needs a GPU)"
