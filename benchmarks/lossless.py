@@ -17,6 +17,7 @@ from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor
 
 from benchmarks.chat_prompts import read_prompts
+from benchmarks.environments import move_to_parts
 from ryzen_llm.decoding import WEIGHTS, Generator, SpeculativeDecoder
 from ryzen_llm.errors import InputError
 from ryzen_llm.interop import load_drafters, load_pretrained
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> None:
         found = json.loads(options.out.read_text(encoding="utf-8"))
         if found.get("settings") != settings:
             raise InputError(f"--out {options.out}: holds another measurement; name another file")
+        move_to_parts(found, (run for runs in found["runs"].values() for run in runs.values()))
     model, tokenizer = load_pretrained(options.model)
     prompts = _prompts(
         read_prompts(options.prompts, tokenizer, options.texts, options.prompt_tokens), options
@@ -77,13 +79,14 @@ def main(arguments: list[str]) -> None:
             ids = _decode(decoder, prompts, options, console, f"{cache}, {name}")
             runs[name] = {"texts": len(ids), "tokens": ids.numel(), "hashes": [_hash(text) for text in ids]}
             runs[name]["same_texts"] = sum(map(operator.eq, runs[name]["hashes"], runs["none"]["hashes"]))
-            found["environment"] = describe_environment()
+            runs[name]["environment"] = describe_environment()
             write_json(options.out, found)
         if options.width_1 and "width 1" not in runs:
             plain = _decode(generator, prompts, options, console, f"{cache}, plain")
             decoder = SpeculativeDecoder(generator, [], widths=[options.width])
             wide = _decode(decoder, prompts, options, console, f"{cache}, width {options.width}")
             runs["width 1"] = differences(generator, prompts, plain, wide, options.width)
+            runs["width 1"]["environment"] = describe_environment()
             write_json(options.out, found)
     show(found["runs"], console)
     console.print(f"written: {options.out}")

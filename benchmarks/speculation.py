@@ -23,6 +23,7 @@ from ryzen_callbacks import describe_environment, write_json
 from torch import Tensor
 
 from benchmarks.chat_prompts import read_prompts
+from benchmarks.environments import move_to_parts
 from benchmarks.speculation_peers import PEERS, build_peer
 from ryzen_llm.data import Tokenizer
 from ryzen_llm.decoding import (
@@ -97,7 +98,6 @@ def main(arguments: list[str]) -> None:
         found["arms"] |= measure({peer: arm}, prompts, console)
         del arm
         gc.collect()
-    found["environment"] = describe_environment()
     write_json(options.out, found)
     show(found["arms"], console)
     console.print(f"written: {options.out}")
@@ -176,7 +176,7 @@ def _generate(
 def measure(
     arms: Mapping[str, Arm], prompts: Mapping[str, Sequence[Tensor]], console: Console
 ) -> dict[str, Any]:
-    """Every arm on every prompt, prompt by prompt in random order; sums by category.
+    """Every arm on every prompt, prompt by prompt in random order; sums by category, the day and the machine.
 
     `same_ids` of the others counts the texts that are the first arm's, token by token.
     """
@@ -201,9 +201,9 @@ def measure(
             first, *others = arms
             for name in others:
                 found[name][category]["same_ids"] += texts[name] == texts[first]
-    date = datetime.now(UTC).date().isoformat()
+    told = {"date": datetime.now(UTC).date().isoformat(), "environment": describe_environment()}
     return {
-        name: {"date": date, "categories": {category: dict(figures) for category, figures in sums.items()}}
+        name: told | {"categories": {category: dict(figures) for category, figures in sums.items()}}
         for name, sums in found.items()
     }
 
@@ -307,5 +307,6 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise InputError(
                 f"--out {path}: holds another measurement, of {found.get('settings')}; name another file"
             )
+        move_to_parts(found, found["arms"].values())
         return found
     return {"benchmark": "speculation", "settings": settings, "arms": {}}
