@@ -12,7 +12,8 @@
 #include <new>
 #include <optional>
 
-#include "bf16_avx512.h"
+#include "products_avx512.h"
+#include "transpose_avx512.h"
 
 namespace {
 
@@ -67,17 +68,21 @@ void copy_rows(Rows from, int64_t count, int64_t width, uint16_t* to) {
 }
 
 // Of a block's rows of words: word w of each row next to each other.
-WITH_BF16 void transpose(const uint16_t* rows, int64_t words, uint32_t* to) {
-  const __m512i places = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(static_cast<int>(words)));
-  const auto* from = reinterpret_cast<const uint32_t*>(rows);
-  for (int64_t w = 0; w < words; ++w)
-    for (int64_t r = 0; r < BLOCK; r += LANES)
-      _mm512_store_si512(to + w * BLOCK + r, _mm512_i32gather_epi32(places, from + r * words + w, 4));
+WITH_BF16 void transpose_block(const uint16_t* rows, int64_t words, Pair* to) {
+  const auto* from = reinterpret_cast<const Pair*>(rows);
+  __m512i turned[LANES];
+  for (int64_t r = 0; r < BLOCK; r += LANES)
+    for (int64_t w = 0; w < words; w += LANES) {
+      const int64_t count = std::min(LANES, words - w);
+      const auto there = static_cast<__mmask16>((1u << count) - 1);
+      for (int64_t i = 0; i < LANES; ++i) turned[i] = _mm512_maskz_loadu_epi32(there, from + (r + i) * words + w);
+      transpose(turned);
+      for (int64_t i = 0; i < count; ++i) _mm512_store_si512(to + (w + i) * BLOCK + r, turned[i]);
+    }
 }
 
 // Of a block's rows: each two of them in words, a number of the first in the low half.
-WITH_BF16 void pair(const uint16_t* rows, int64_t width, uint32_t* to) {
+WITH_BF16 void pair(const uint16_t* rows, int64_t width, Pair* to) {
   for (int64_t r = 0; r < BLOCK; r += 2)
     for (int64_t c = 0; c < width; c += LANES) {
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i*)(rows + r * width + c)));
@@ -86,14 +91,8 @@ WITH_BF16 void pair(const uint16_t* rows, int64_t width, uint32_t* to) {
     }
 }
 
-// The words of a factor: `row` from one row to the next, `step` along the sum.
-struct Left {
-  const uint32_t* words;
-  int64_t row, step;
-};
-
 template <int VECTORS>
-INLINE void multiply_tile(Left left, const uint32_t* right, int64_t right_step, int64_t steps, float* to, int64_t to_row,
+INLINE void multiply_tile(Left left, const Pair* right, int64_t right_step, int64_t steps, float* to, int64_t to_row,
                           bool add) {
   __m512 sums[ROWS][VECTORS];
 #pragma GCC unroll 8
@@ -101,17 +100,7 @@ INLINE void multiply_tile(Left left, const uint32_t* right, int64_t right_step, 
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v)
       sums[r][v] = add ? _mm512_load_ps(to + r * to_row + v * LANES) : _mm512_setzero_ps();
-  for (int64_t s = 0; s < steps; ++s) {
-    __m512bh columns[VECTORS];
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) columns[v] = (__m512bh)_mm512_load_si512(right + s * right_step + v * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const auto x = (__m512bh)_mm512_set1_epi32(static_cast<int>(left.words[r * left.row + s * left.step]));
-#pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, columns[v]);
-    }
-  }
+  add_products(left, right, right_step, steps, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
@@ -125,13 +114,13 @@ struct Needed {
 
 // to (BLOCK x columns) = or += left (BLOCK x 2 steps) right (2 steps x columns), of which `needed` says how much.
 template <bool ADD, typename NeededBy>
-WITH_BF16 void multiply(Left left, const uint32_t* right, int64_t right_step, float* to, int64_t to_row,
+WITH_BF16 void multiply(Left left, const Pair* right, int64_t right_step, float* to, int64_t to_row,
                         const NeededBy& needed) {
   for (int64_t r = 0; r < BLOCK; r += ROWS) {
     const Needed of = needed(r);
-    const Left rows{left.words + r * left.row + of.step * left.step, left.row, left.step};
+    const Left rows{left.data + r * left.row + of.step * left.step, left.row, left.step};
     for (int64_t c = of.column; c < of.columns;) {
-      const uint32_t* from = right + of.step * right_step + c;
+      const Pair* from = right + of.step * right_step + c;
       float* at = to + r * to_row + c;
       const int64_t vectors = std::min<int64_t>(4, (of.columns - c) / LANES), steps = of.steps - of.step;
       if (vectors == 4) multiply_tile<4>(rows, from, right_step, steps, at, to_row, ADD);
@@ -163,22 +152,22 @@ INLINE __mmask16 lanes(int64_t first, int64_t begin, int64_t end) {
 struct Forward {
   const Sizes& sizes;
   Scratch<uint16_t> rows, queries, weights;
-  Scratch<uint32_t> keys, values;
+  Scratch<Pair> keys, values;
   Scratch<float> scores, context;
   float largest[BLOCK], sum[BLOCK];
 
   explicit Forward(const Sizes& s)
       : sizes(s),
         rows(scratch<uint16_t>(BLOCK * s.width)), queries(scratch<uint16_t>(BLOCK * s.width)),
-        weights(scratch<uint16_t>(BLOCK * CHUNK)), keys(scratch<uint32_t>(s.blocks() * BLOCK * s.words())),
-        values(scratch<uint32_t>(s.blocks() * BLOCK * s.words())), scores(scratch<float>(BLOCK * CHUNK)),
+        weights(scratch<uint16_t>(BLOCK * CHUNK)), keys(scratch<Pair>(s.blocks() * BLOCK * s.words())),
+        values(scratch<Pair>(s.blocks() * BLOCK * s.words())), scores(scratch<float>(BLOCK * CHUNK)),
         context(scratch<float>(BLOCK * s.width)) {}
 
   void read(Rows k, Rows v) {
     for (int64_t block = 0; block < sizes.blocks(); ++block) {
       const int64_t first = block * BLOCK, at = first * sizes.words();
       copy_rows({k.data + first * k.stride, k.stride}, sizes.rows(block), sizes.width, rows.get());
-      transpose(rows.get(), sizes.words(), &keys[at]);
+      transpose_block(rows.get(), sizes.words(), &keys[at]);
       copy_rows({v.data + first * v.stride, v.stride}, sizes.rows(block), sizes.width, rows.get());
       pair(rows.get(), sizes.width, &values[at]);
     }
@@ -224,8 +213,8 @@ struct Forward {
     std::fill_n(largest, BLOCK, -INFINITE);
     std::fill_n(sum, BLOCK, 0.0f);
     std::fill_n(context.get(), BLOCK * width, 0.0f);
-    const auto* query_words = reinterpret_cast<const uint32_t*>(queries.get());
-    const auto* weight_words = reinterpret_cast<const uint32_t*>(weights.get());
+    const auto* query_words = reinterpret_cast<const Pair*>(queries.get());
+    const auto* weight_words = reinterpret_cast<const Pair*>(weights.get());
     const int64_t seen = (block + 1) * BLOCK;
     for (int64_t first = sizes.first_block(text, block) * BLOCK; first < seen; first += CHUNK) {
       const int64_t keys_here = std::min(CHUNK, seen - first);
@@ -253,7 +242,7 @@ struct Forward {
 struct Backward {
   const Sizes& sizes;
   Scratch<uint16_t> key_rows, value_rows, query_rows, upstream_rows, weights, slopes;
-  Scratch<uint32_t> key_pairs, query_columns, upstream_columns, query_pairs, upstream_pairs, slope_pairs;
+  Scratch<Pair> key_pairs, query_columns, upstream_columns, query_pairs, upstream_pairs, slope_pairs;
   Scratch<float> scores, products, by_query, by_key, by_value;
   alignas(64) float logs[BLOCK], means[BLOCK];
   alignas(64) int32_t begins[BLOCK];
@@ -263,10 +252,10 @@ struct Backward {
         key_rows(scratch<uint16_t>(s.blocks() * BLOCK * s.width)),
         value_rows(scratch<uint16_t>(s.blocks() * BLOCK * s.width)), query_rows(scratch<uint16_t>(BLOCK * s.width)),
         upstream_rows(scratch<uint16_t>(BLOCK * s.width)), weights(scratch<uint16_t>(BLOCK * BLOCK)),
-        slopes(scratch<uint16_t>(BLOCK * BLOCK)), key_pairs(scratch<uint32_t>(s.blocks() * BLOCK * s.words())),
-        query_columns(scratch<uint32_t>(BLOCK * s.words())), upstream_columns(scratch<uint32_t>(BLOCK * s.words())),
-        query_pairs(scratch<uint32_t>(BLOCK * s.words())), upstream_pairs(scratch<uint32_t>(BLOCK * s.words())),
-        slope_pairs(scratch<uint32_t>(BLOCK * BLOCK / 2)), scores(scratch<float>(BLOCK * BLOCK)),
+        slopes(scratch<uint16_t>(BLOCK * BLOCK)), key_pairs(scratch<Pair>(s.blocks() * BLOCK * s.words())),
+        query_columns(scratch<Pair>(BLOCK * s.words())), upstream_columns(scratch<Pair>(BLOCK * s.words())),
+        query_pairs(scratch<Pair>(BLOCK * s.words())), upstream_pairs(scratch<Pair>(BLOCK * s.words())),
+        slope_pairs(scratch<Pair>(BLOCK * BLOCK / 2)), scores(scratch<float>(BLOCK * BLOCK)),
         products(scratch<float>(BLOCK * BLOCK)), by_query(scratch<float>(BLOCK * s.width)),
         by_key(scratch<float>(s.blocks() * BLOCK * s.width)), by_value(scratch<float>(s.blocks() * BLOCK * s.width)) {}
 
@@ -323,8 +312,8 @@ struct Backward {
     const float root = 1 / std::sqrt(static_cast<float>(width)), scale = 1.44269504f * root;
     copy_rows({q.data + first_query * q.stride, q.stride}, count, width, query_rows.get());
     copy_rows({upstream.data + first_query * upstream.stride, upstream.stride}, count, width, upstream_rows.get());
-    transpose(query_rows.get(), words, query_columns.get());
-    transpose(upstream_rows.get(), words, upstream_columns.get());
+    transpose_block(query_rows.get(), words, query_columns.get());
+    transpose_block(upstream_rows.get(), words, upstream_columns.get());
     pair(query_rows.get(), width, query_pairs.get());
     pair(upstream_rows.get(), width, upstream_pairs.get());
     for (int64_t r = 0; r < BLOCK; ++r) {
@@ -333,12 +322,12 @@ struct Backward {
       means[r] = r < count ? mean_of(&upstream_rows[r * width], context.data + (first_query + r) * context.stride) : 0;
     }
     std::fill_n(by_query.get(), BLOCK * width, 0.0f);
-    const auto* weight_words = reinterpret_cast<const uint32_t*>(weights.get());
-    const auto* slope_words = reinterpret_cast<const uint32_t*>(slopes.get());
+    const auto* weight_words = reinterpret_cast<const Pair*>(weights.get());
+    const auto* slope_words = reinterpret_cast<const Pair*>(slopes.get());
     for (int64_t other = sizes.first_block(text, block); other <= block; ++other) {
       const int64_t first_key = other * BLOCK;
-      const auto* key_words = reinterpret_cast<const uint32_t*>(&key_rows[first_key * width]);
-      const auto* value_words = reinterpret_cast<const uint32_t*>(&value_rows[first_key * width]);
+      const auto* key_words = reinterpret_cast<const Pair*>(&key_rows[first_key * width]);
+      const auto* value_words = reinterpret_cast<const Pair*>(&value_rows[first_key * width]);
       // Of the same block, a key matters to the queries from its own place on.
       const bool same = other == block;
       const auto columns = [&](int64_t r) { return Needed{same ? r / LANES * LANES : 0, BLOCK, 0, words}; };

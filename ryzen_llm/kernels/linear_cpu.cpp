@@ -1,8 +1,7 @@
 // The products of `linear_cpu.py`: y = x wᵀ, and its gradients dx = dy w and dw = dyᵀ x, in tiles whose sums stay in
 // registers.
 //
-// VDPBF16PS adds the products of pairs of numbers that meet the same sum. Of the right factor there are panels of 48
-// columns, in which the pairs of one step of the sum lie next to each other; a pair of the left factor goes to all lanes.
+// Of the right factor there are panels of 48 columns, in which the pairs of one step of the sum lie next to each other.
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -13,7 +12,7 @@
 #include <new>
 #include <vector>
 
-#include "bf16_avx512.h"
+#include "products_avx512.h"
 #include "transpose_avx512.h"
 
 namespace {
@@ -25,17 +24,9 @@ constexpr int64_t SUMMED = 2048;   // rows of which a weight's gradient is made 
 constexpr int64_t TOGETHER = 8;    // rows that are packed while they are in the first cache
 constexpr int64_t APART = LANES;   // beyond a panel, so that the same place of all panels is not one place of a cache
 
-using Pair = int32_t;
-
 constexpr auto HUGE_PAGE = std::align_val_t(1 << 21);
 struct Free {
   void operator()(Pair* memory) const { ::operator delete(memory, HUGE_PAGE); }
-};
-
-// Pair s of row r is at data[r * row + s * step].
-struct Left {
-  const Pair* data;
-  int64_t row, step;
 };
 
 // Room for packed factors, kept from call to call: the operating system would clear the pages of a new one each time.
@@ -139,17 +130,7 @@ WITH_BF16 void multiply_tile(Left left, const Pair* right, int64_t steps, Number
       sums[r][v] = _mm512_setzero_ps();
       _mm_prefetch(to + r * stride + v * LANES, _MM_HINT_T0);  // for the end
     }
-  for (int64_t s = 0; s < steps; ++s) {
-    __m512bh columns[WIDTH];
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDTH; ++v) columns[v] = (__m512bh)_mm512_load_si512(right + s * PANEL + v * LANES);
-#pragma GCC unroll 8
-    for (int r = 0; r < HEIGHT; ++r) {
-      const auto pair = (__m512bh)_mm512_set1_epi32(left.data[r * left.row + s * left.step]);
-#pragma GCC unroll 4
-      for (int v = 0; v < WIDTH; ++v) sums[r][v] = _mm512_dpbf16_ps(sums[r][v], pair, columns[v]);
-    }
-  }
+  add_products(left, right, PANEL, steps, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < HEIGHT; ++r)
 #pragma GCC unroll 4
