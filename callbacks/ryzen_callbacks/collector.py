@@ -17,7 +17,7 @@ from ryzen_callbacks.detector import AnomalyDetector, detectors_of
 from ryzen_callbacks.device_peaks import peak_flops
 from ryzen_callbacks.environment import describe_environment
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS, MetricsLog
-from ryzen_callbacks.report_path import prepare_report_path
+from ryzen_callbacks.report_path import prepare_report_path, refuse_shared_path
 from ryzen_callbacks.reports import MetricStatistics, RunMetadata, TrainingMetricsReport
 from ryzen_callbacks.step_callback import StepCallback
 from ryzen_callbacks.step_logging import log_restart, log_steps
@@ -65,8 +65,8 @@ class TrainingMetricsCollector(StepCallback):
             `path` of its own; the first of them has the loggers.
 
     Raises:
-        ValueError: an interval below 1, metadata that are no JSON, a `path` that the CSV would go to as well;
-            at set-up: a report path that cannot be written, or that is another collector's.
+        ValueError: an interval below 1, metadata that are no JSON, a `path` that ends in .csv;
+            at set-up: a report path that cannot be written, or that another callback writes to.
     """
 
     def __init__(
@@ -91,22 +91,24 @@ class TrainingMetricsCollector(StepCallback):
             if value < 1:
                 raise ValueError(f"{argument} is {value}, expected 1 or more")
         self.path = Path(path) if path is not None else None
-        if csv and self.path is not None and self.path.suffix == ".csv":
-            raise ValueError(f"path is {path}, where csv=True puts the CSV; name the JSON report otherwise")
+        if self.path is not None and self.path.suffix == ".csv":
+            raise ValueError(
+                f"path is {path}, expected one for the JSON report; csv=True puts a CSV file beside it"
+            )
         self.csv = csv
         self.write_every_n_steps = write_every_n_steps
         self.tokens_in_batch = tokens_in_batch
         self.flops_per_token = flops_per_token
         self._names = {"val_loss": val_loss, "accuracy": accuracy}
         extra = dict(metadata or {})
-        experiment_id, model = extra.pop("experiment_id", uuid4().hex[:12]), extra.pop("model", None)
+        experiment_id, model = extra.pop("experiment_id", None), extra.pop("model", None)
         for key, value in extra.items():
             try:
                 json.dumps(value)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"metadata {key!r} is no JSON: {error}") from error
         self._metadata = RunMetadata(
-            experiment_id=str(experiment_id),
+            experiment_id=uuid4().hex[:12] if experiment_id is None else str(experiment_id),
             model=model,
             started_at=_now(),
             environment=describe_environment(),
@@ -127,8 +129,11 @@ class TrainingMetricsCollector(StepCallback):
     def record_batch_metric(self, metrics: Mapping[str, float]) -> None:
         """Record one optimizer step's values; without `step` and `epoch` among them, of the next step and of
         the running epoch: that of the step before, or the next one if its metrics have been recorded.
+
+        Raises:
+            ValueError: a value that is no number.
         """
-        values = {name: float(value) for name, value in metrics.items()}
+        values = _numbers(metrics)
         self.last_step = int(values.pop("step", self.last_step + 1))
         self._next_epoch = int(values.pop("epoch", self._next_epoch))
         self._log.add_step(self.last_step, self._next_epoch, values)
@@ -137,14 +142,14 @@ class TrainingMetricsCollector(StepCallback):
         """Record an epoch's values: `epoch` (required), then any; `loss` means `train_loss`.
 
         Raises:
-            ValueError: no `epoch`.
+            ValueError: no `epoch`, or a value that is no number.
         """
         if "epoch" not in metrics:
             raise ValueError(f"an epoch's metrics need 'epoch', got {', '.join(metrics) or 'nothing'}")
-        values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        values = _numbers(metrics)
+        epoch = int(values.pop("epoch"))
         if "loss" in values:
             values["train_loss"] = values.pop("loss")
-        epoch = int(metrics["epoch"])
         self._next_epoch = epoch + 1
         self._log.add_epoch_statistics(epoch, values)
         self._log.add_to_epoch(epoch, {n: v for n, v in values.items() if n in EPOCH_FIELDS}, {})
@@ -183,9 +188,8 @@ class TrainingMetricsCollector(StepCallback):
             return
         self._destination = None  # nothing is written if the next line raises
         self._destination = prepare_report_path(trainer, self.path, REPORT_NAME)
+        refuse_shared_path(trainer, self, self._destination)
         collectors = [c for c in trainer.callbacks if isinstance(c, TrainingMetricsCollector)]  # type: ignore[attr-defined]
-        if [c._destination for c in collectors].count(self._destination) > 1:
-            raise ValueError(f"two TrainingMetricsCollectors report to {self._destination}; give each a path")
         self._has_the_loggers = collectors[0] is self
         self._detectors = detectors_of(trainer)
 
@@ -309,6 +313,18 @@ class TrainingMetricsCollector(StepCallback):
 def _component_figures(values: Mapping[str, Any]) -> dict[str, float]:
     """Figures about the model that an epoch's row has room for, if the module logs them."""
     return {name: float(values[name]) for name in _COMPONENT_FIGURES if name in values}
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name!r} is {value!r}, expected a number; leave out what was not measured"
+            ) from error
+    return numbers
 
 
 def _now() -> str:

@@ -13,6 +13,8 @@ from ryzen_callbacks.claim import Claim
 from ryzen_callbacks.report_path import why_not_writable
 from ryzen_callbacks.validator import OptimizationValidator
 
+_OPERATORS = ("&&", "||", "|", "&", ";", "<", ">", ">>", "2>", "&>", "2>&1")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Time both commands in paired rounds, print the verdict; exit status 2 if they cannot be timed.
@@ -62,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _runner(command: str) -> Callable[[], None]:
-    words = shlex.split(command)
+    try:
+        words, as_written = shlex.split(command), shlex.split(command, posix=False)
+    except ValueError as error:
+        raise ValueError(f"cannot split the command {command!r} into words ({error})") from error
+    if for_a_shell := [word for word in as_written if word in _OPERATORS]:
+        found = f"the command {command!r} has {for_a_shell[0]!r}"
+        raise ValueError(f"{found}, which is for a shell; give sh -c '...', or quote it")
     if not words:
         raise ValueError("a command is empty; give a program and its arguments, in quotes")
 

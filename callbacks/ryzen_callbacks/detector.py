@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ryzen_callbacks.anomaly import Anomaly
 from ryzen_callbacks.atomic_file import write_json
-from ryzen_callbacks.report_path import prepare_report_path
+from ryzen_callbacks.report_path import prepare_report_path, refuse_shared_path
 from ryzen_callbacks.reports import AnomalyRow
-from ryzen_callbacks.rollback import LastGood
+from ryzen_callbacks.rollback import LastGood, NoWayBackError
 from ryzen_callbacks.rule import Rule
 from ryzen_callbacks.rules import KINDS, OF_THE_WEIGHTS, SIGNALS, default_rules
 from ryzen_callbacks.step_callback import StepCallback
@@ -59,7 +59,9 @@ class AnomalyDetector(StepCallback):
 
     Raises:
         ValueError: an unknown kind or action, an action for plateau without `plateau_steps`, a count below 1;
-            at set-up: a path that cannot be written, a second detector that may roll back.
+            at set-up: a path that cannot be written or that another callback writes to, a second detector
+            that may roll back.
+        TypeError: actions that are no mapping.
     """
 
     def __init__(
@@ -74,6 +76,9 @@ class AnomalyDetector(StepCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
+        if not isinstance(actions, Mapping | None):
+            example = "actions by kind, such as {'non_finite': 'stop'}"
+            raise TypeError(f"actions is {actions!r}, expected {example}")
         self.actions = dict(actions or {})
         for kind, action in self.actions.items():
             if kind not in KINDS:
@@ -92,6 +97,7 @@ class AnomalyDetector(StepCallback):
             if count is not None and count < 1:
                 raise ValueError(f"{argument} is {count}, expected 1 or more")
         self.path = Path(path) if path is not None else None
+        self._destination = self.path
         self.accuracy = accuracy
         self.checkpoint_every_n_steps = checkpoint_every_n_steps
         self.max_rollbacks = max_rollbacks
@@ -100,6 +106,8 @@ class AnomalyDetector(StepCallback):
         self.not_kept = 0
         self.rollbacks: list[dict[str, int]] = []
         """What was undone: `at_step`, back `to_step`, because of the anomaly at `anomaly_step`."""
+        self.refused_rollbacks: list[dict[str, Any]] = []
+        """What could not be undone, so that training stopped: `at_step`, `anomaly_step`, and the `reason`."""
         self._rules = default_rules(plateau_steps)
         self._rules_of_weights = [rule for rule in self._rules if rule.kind in OF_THE_WEIGHTS]
         self._last_good: LastGood | None = None
@@ -116,7 +124,7 @@ class AnomalyDetector(StepCallback):
         Args:
             step: its number.
             signals: any of loss, grad_norm, step_time (seconds), throughput (per second), data_wait_share (of
-                the step's time), memory (bytes), accuracy (0 to 1). None: not measured.
+                the step's time), memory (bytes), accuracy (0 to 1, or in percent). None: not measured.
 
         Raises:
             ValueError: a signal of another name.
@@ -148,11 +156,12 @@ class AnomalyDetector(StepCallback):
             return
         self._to_undo, self._undone_up_to = None, 0  # a run that failed may have left something
         if self.path is not None:
-            prepare_report_path(trainer, self.path, self.path.name)
+            self._destination = prepare_report_path(trainer, self.path, self.path.name)
+            refuse_shared_path(trainer, self, self._destination)
         if sum("rollback" in detector.actions.values() for detector in detectors_of(trainer)) > 1:
             raise ValueError("two AnomalyDetectors of one Trainer roll back; give the actions of both to one")
         if "rollback" in self.actions.values() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            checkpoint = prepare_report_path(trainer, None, CHECKPOINT_NAME)
+            checkpoint = prepare_report_path(trainer, None, CHECKPOINT_NAME, may_be_folder=True)
             assert checkpoint is not None
             self._last_good = LastGood(checkpoint, self.checkpoint_every_n_steps)
 
@@ -226,6 +235,7 @@ class AnomalyDetector(StepCallback):
             "anomalies": [{**vars(found), "expected": list(found.expected)} for found in self.anomalies],
             "not_kept": self.not_kept,
             "rollbacks": list(self.rollbacks),
+            "refused_rollbacks": list(self.refused_rollbacks),
             "rules": _states(self._rules),
         }
 
@@ -238,6 +248,7 @@ class AnomalyDetector(StepCallback):
         ]
         self.not_kept = state_dict["not_kept"]
         self.rollbacks = list(state_dict["rollbacks"])
+        self.refused_rollbacks = list(state_dict.get("refused_rollbacks", []))
         _load_states(self._rules, state_dict["rules"])
 
     def _act(self, trainer: Trainer, found: list[Anomaly]) -> None:
@@ -268,21 +279,28 @@ class AnomalyDetector(StepCallback):
 
     def _roll_back(self, trainer: Trainer, last_good: LastGood, anomaly: Anomaly) -> None:
         if len(self.rollbacks) >= self.max_rollbacks:
-            rank_zero_warn(f"stopping: there were {self.max_rollbacks} rollbacks, and {anomaly.message}")
-            trainer.should_stop = True
+            self._refuse(trainer, anomaly, f"there were {self.max_rollbacks} rollbacks")
             return
-        to_step = last_good.restore(trainer)
-        self._break_clock()
-        if to_step is None:
-            why = "the optimizers have other parameters than in the last good checkpoint"
-            rank_zero_warn(f"stopping: there is no going back, as {why}, and {anomaly.message}")
-            trainer.should_stop = True
+        try:
+            to_step = last_good.restore(trainer)
+        except NoWayBackError as error:
+            self._refuse(trainer, anomaly, f"there is no going back, as {error}")
             return
+        finally:
+            self._break_clock()
         for detector in detectors_of(trainer):
             _load_states(detector._rules, detector._good_rules)
             detector._undone_up_to = self._steps_done + self._in_step
         self.rollbacks.append({"at_step": self._steps_done, "to_step": to_step, "anomaly_step": anomaly.step})
         rank_zero_warn(f"weights and optimizer are back at step {to_step}; the batches since are skipped")
+        self._write(trainer)
+
+    def _refuse(self, trainer: Trainer, anomaly: Anomaly, reason: str) -> None:
+        """Stop, and leave the weights as they are."""
+        refused = {"at_step": self._steps_done, "anomaly_step": anomaly.step, "reason": reason}
+        self.refused_rollbacks.append(refused)
+        rank_zero_warn(f"stopping: {reason}, and {anomaly.message}")
+        trainer.should_stop = True
         self._write(trainer)
 
     def _forget_last_good(self, trainer: Trainer) -> None:
@@ -298,7 +316,12 @@ class AnomalyDetector(StepCallback):
             return
         rows = [row.model_dump() for row in self.rows()]
         try:
-            write_json(self.path, {"schema_version": 1, "anomalies": rows, "rollbacks": self.rollbacks})
+            found = {
+                "anomalies": rows,
+                "rollbacks": self.rollbacks,
+                "refused_rollbacks": self.refused_rollbacks,
+            }
+            write_json(self.path, {"schema_version": 1, **found})
         except OSError as error:
             if not in_training:
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ryzen_callbacks.rule import Rule
-from ryzen_callbacks.slow_rules import ADVICE, LevelShift, Plateau
+from ryzen_callbacks.slow_rules import ADVICE, AccuracyDrop, LevelShift, Plateau
 from ryzen_callbacks.sudden_rules import NonFinite, Spike, Stall
 
 KINDS = ("loss_spike", "grad_norm_spike", "non_finite", "stall", "plateau", *ADVICE)
@@ -26,6 +26,6 @@ def default_rules(plateau_steps: int | None) -> list[Rule]:
         LevelShift("throughput", "throughput_drop", floor=math.log(1.5), direction=-1, log=True),
         LevelShift("data_wait_share", "data_wait_growth", floor=0.25),
         LevelShift("memory", "memory_growth", floor=math.log(1.5), log=True, block=8),
-        LevelShift("accuracy", "accuracy_drop", floor=0.05, direction=-1, block=1, patience=1),
+        AccuracyDrop(),
     ]
     return rules if plateau_steps is None else [*rules, Plateau(plateau_steps)]

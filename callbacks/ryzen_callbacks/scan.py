@@ -8,7 +8,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ _NAMES = {
     "val_accuracy": ("accuracy", 1.0),
 }
 
+_EVENTS = "*tfevents*"
+_EXPECTED = "expected a CSV file or a folder of TensorBoard events"
+
 Rows = dict[int, dict[str, float]]
 
 
@@ -49,7 +52,8 @@ def scan(path: str | Path, plateau_steps: int | None = None) -> list[Anomaly]:
 
 def read_log(path: str | Path) -> Rows:
     """Values by name (as in `Step.values`, and `accuracy`) by step, of a CSV file (.csv or .csv.gz, with a
-    `step` column) or a folder of TensorBoard events. A CSV file's last row is left out if it is cut off.
+    `step` column) or a folder of TensorBoard events. A CSV file's last line is left out, with a note
+    on stderr, if it has no line end: the run may have been killed while it wrote it.
 
     Raises:
         ValueError: it cannot be read, there is nothing there to look at, or a value is no number.
@@ -57,7 +61,8 @@ def read_log(path: str | Path) -> Rows:
     path = Path(path)
     rows = _read_tensorboard(path) if path.is_dir() else _read_csv(path)
     if not rows:
-        raise ValueError(f"{path} has no column or tag that is known here; known are {', '.join(_NAMES)}")
+        known = ", ".join(_NAMES)
+        raise ValueError(f"{path} has no values in a column or tag that is known here; known are {known}")
     return rows
 
 
@@ -65,38 +70,47 @@ def _read_csv(path: Path) -> Rows:
     rows: Rows = {}
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+        with opener(path, "rt", newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.DictReader(_whole_lines(file, path), skipinitialspace=True)
             if "step" not in (reader.fieldnames or ()):
                 raise ValueError(f"{path} has no column 'step'")
-            for line, record in _whole_records(reader):
+            for record in reader:
                 try:
-                    step = _step(record["step"])
-                    for column, text in record.items():
-                        _put(rows, step, column, text)
+                    _put_record(rows, record)
                 except ValueError as error:
-                    raise ValueError(f"{path}, line {line}: {error}") from error
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read {path} as CSV ({error}), expected a CSV file or a folder of TensorBoard events"
-        ) from error
+                    raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise ValueError(f"cannot read {path} as CSV ({error}), {_EXPECTED}") from error
     return rows
 
 
-def _whole_records(reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str | Any, str | Any]]]:
-    """The records with their lines' numbers; without the last one if it is cut off."""
-    before = None
-    for record in reader:
-        if before is not None:
-            yield before
-        before = reader.line_num, record
-    if before is not None and None not in before[1].values():
-        yield before
+def _whole_lines(file: Iterable[str], path: Path) -> Iterator[str]:
+    """The lines, without the last one if it may have been cut off, perhaps within a character."""
+    for number, line in enumerate(file, 1):
+        if number > 1 and not line.endswith(("\n", "\r")):
+            note = "left out, as it has no line end: it may have been cut off"
+            print(f"{path}, line {number}: {note}", file=sys.stderr)
+            return
+        try:
+            yield line.encode("utf-8", "surrogateescape").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: cannot read it as text ({error}), {_EXPECTED}"
+            ) from error
 
 
-def _step(text: str | None) -> int:
+def _put_record(rows: Rows, record: dict[str | Any, str | Any]) -> None:
+    if None in record.values() or any(record.pop(None, ())):
+        amount = "few" if None in record.values() else "many"
+        raise ValueError(f"it has too {amount} values, expected {len(record)} as in the header")
+    step = _step(record["step"])
+    for column, text in record.items():
+        _put(rows, step, column, text)
+
+
+def _step(text: str) -> int:
     try:
-        step = float(text or "")
+        step = float(text)
         if step != int(step):
             raise ValueError
         return int(step)
@@ -106,6 +120,10 @@ def _step(text: str | None) -> int:
 
 def _read_tensorboard(path: Path) -> Rows:
     rows: Rows = {}
+    if not any(path.glob(_EVENTS)):
+        below = next(path.rglob(_EVENTS), None)
+        hint = "expected a run's log folder" if below is None else f"there are some in {below.parent}"
+        raise ValueError(f"{path} has no TensorBoard events in it; {hint}")
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
@@ -113,9 +131,9 @@ def _read_tensorboard(path: Path) -> Rows:
     return rows
 
 
-def _put(rows: Rows, step: int, name: str | None, value: str | float | None) -> None:
-    known = _NAMES.get((name or "").removeprefix("train/"))
-    if known is None or value is None or value == "":
+def _put(rows: Rows, step: int, name: str, value: str | float) -> None:
+    known = _NAMES.get(name.removeprefix("train/"))
+    if known is None or value == "":
         return
     key, unit = known
     rows.setdefault(step, {}).setdefault(key, float(value) * unit)

@@ -91,7 +91,7 @@ class LevelShift(_Blocks):
             self._best, self._above = level, 0
             return None
         best = self._best
-        line = best + max(self._floor, self._z * noise)
+        line = best + max(self._least_shift(best), self._z * noise)
         self._above = self._above + 1 if level > line else 0
         if self._above < self._patience:
             return None
@@ -106,6 +106,9 @@ class LevelShift(_Blocks):
             f"{READABLE[self.signal]} is at {now:.4g} by step {step}, from {before:.4g} at its best: "
             f"{ADVICE[self.kind]}",
         )
+
+    def _least_shift(self, best: float) -> float:
+        return self._floor
 
     def in_doubt(self) -> bool:
         """Whether the last full block lay above the line."""
@@ -125,6 +128,16 @@ class LevelShift(_Blocks):
         """Go on from `state_dict()`."""
         self._block.load_state_dict(state["block"])
         self._best, self._above = state["best"], state["above"]
+
+
+class AccuracyDrop(LevelShift):
+    """The accuracy is 0.05 below the best; 5 below it if that is more than 1, as it is in percent."""
+
+    def __init__(self) -> None:
+        super().__init__("accuracy", "accuracy_drop", floor=0.05, direction=-1, block=1, patience=1)
+
+    def _least_shift(self, best: float) -> float:
+        return 100 * self._floor if self._value(best) > 1 else self._floor
 
 
 class Plateau(_Blocks):

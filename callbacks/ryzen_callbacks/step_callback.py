@@ -146,7 +146,8 @@ class StepCallback(Callback):
             for index, optimizer in enumerate(trainer.optimizers)
         }
         counters = [c.tokens_in_batch for c in self._followers if c.tokens_in_batch is not None]
-        self._count_tokens = counters[0] if counters else getattr(pl_module, "tokens_in_batch", None)
+        of_module = getattr(pl_module, "tokens_in_batch", None)  # may be a setting of the same name
+        self._count_tokens = counters[0] if counters else of_module if callable(of_module) else None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Which epoch it is."""
@@ -158,10 +159,10 @@ class StepCallback(Callback):
         """Gradient norm and learning rate, before clipping and before the scheduler."""
         if self._recorder is None:
             return
-        groups = optimizer.param_groups
+        groups = optimizer.param_groups  # none, where the module has no optimizer and Lightning's stands in
         self._recorder.before_optimizer_step(
             self._rate_names.get(id(optimizer), "learning_rate"),
-            groups[0].get("lr"),
+            groups[0].get("lr") if groups else None,
             [grad for group in groups for p in group["params"] if (grad := p.grad) is not None],
         )
 

@@ -15,7 +15,7 @@ from ryzen_callbacks.batch_hooks import BATCH_HOOKS, leave_out
 from ryzen_callbacks.claim import Claim
 from ryzen_callbacks.environment import describe_environment
 from ryzen_callbacks.measurement import measure_claim
-from ryzen_callbacks.report_path import prepare_report_path
+from ryzen_callbacks.report_path import prepare_report_path, refuse_shared_path, why_not_writable
 from ryzen_callbacks.reports import ValidationReport, ValidationResult
 from ryzen_callbacks.verdict import figure_result
 
@@ -84,7 +84,13 @@ class OptimizationValidator(Callback):
         """The latest report, once there is one."""
 
     def validate(self, claims: Sequence[Claim] | None = None) -> ValidationReport:
-        """Measure `claims` (default: the validator's own), write the report if there is `path`, return it."""
+        """Measure `claims` (default: the validator's own), write the report if there is `path`, return it.
+
+        Raises:
+            ValueError: the report cannot be written, before anything is measured; two claims of one name.
+        """
+        if self.path is not None and (fault := why_not_writable(self.path)):
+            raise ValueError(fault)
         return self._validate(self.claims if claims is None else list(claims), self.path)
 
     def _validate(self, claims: list[Claim], path: Path | None) -> ValidationReport:
@@ -115,6 +121,7 @@ class OptimizationValidator(Callback):
         if stage == "fit":
             _check_names(self.claims)
             self._destination = prepare_report_path(trainer, self.path, REPORT_NAME)
+            refuse_shared_path(trainer, self, self._destination)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and report, if it is time to."""

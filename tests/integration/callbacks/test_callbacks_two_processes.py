@@ -76,6 +76,17 @@ def test_both_ranks_go_back_together_with_whole_and_with_sharded_weights(tmp_pat
     )
 
 
+@pytest.mark.parametrize("name", ["rollback", "sharded"])
+def test_a_full_disk_on_one_rank_ends_no_training_and_both_go_back_further(tmp_path: Path, name: str) -> None:
+    """Those of the steps 6 and 9 cannot be written; neither rank may wait for the other for ever."""
+    ranks = run(tmp_path, f"{name} on a full disk")
+    assert ranks[0]["rollbacks"] == ranks[1]["rollbacks"]
+    assert ranks[0]["rollbacks"] == [{"at_step": 12, "to_step": 3, "anomaly_step": 11}]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["steps"] == ranks[1]["steps"] == 5 * 8
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_a_validation_accuracy_that_only_one_rank_sees_fall_stops_both(tmp_path: Path) -> None:
     """The mean over the ranks falls from 0.9 to 0.7: were each to judge its own, they would part."""
     ranks = run(tmp_path, "accuracy")

@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator
@@ -17,19 +16,14 @@ from ryzen_callbacks import (
     AnomalyDetector,
     OptimizationValidator,
     TrainingMetricsCollector,
-    TrainingMetricsReport,
 )
 from ryzen_callbacks.metrics_log import EPOCH_FIELDS
 from ryzen_callbacks.step_callback import StepCallback
 from ryzen_callbacks.step_recorder import StepRecorder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import Tiny
+from tiny_run import Tiny, read
 
 NAME = "training_metrics_report.json"
-
-
-def read(path: Path) -> TrainingMetricsReport:
-    return TrainingMetricsReport.model_validate(json.loads(path.read_text()))
 
 
 def test_loss_gradient_norm_and_rate_are_the_modules_own_with_accumulation(
@@ -299,9 +293,7 @@ def test_two_collectors_with_one_report_are_refused_before_training(
     tiny: Tiny, make_trainer: Callable[..., Any], make_loader: Callable[..., Any]
 ) -> None:
     trainer = make_trainer(callbacks=[TrainingMetricsCollector(), TrainingMetricsCollector(name="b")])
-    with pytest.raises(
-        ValueError, match=f"two TrainingMetricsCollectors report to .*{NAME}; give each a path"
-    ):
+    with pytest.raises(ValueError, match=f"both report to .*{NAME}; give each a path"):
         trainer.fit(tiny, make_loader())
     assert tiny.batch_losses == []
 

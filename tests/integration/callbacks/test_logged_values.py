@@ -1,7 +1,6 @@
 """What the module logs itself: where it goes, and what it is not taken for."""
 
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from ryzen_callbacks import (
     TrainingMetricsCollector,
-    TrainingMetricsReport,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_run import Tiny
+from tiny_run import Tiny, read
 
 NAME = "training_metrics_report.json"
 RESERVED = (
     *("step", "loss", "learning_rate", "grad_norm", "samples", "step_time_s", "data_wait_s"),
     *("tokens", "tokens_per_second", "samples_per_second", "memory_bytes", "mfu"),
 )
-
-
-def read(path: Path) -> TrainingMetricsReport:
-    return TrainingMetricsReport.model_validate(json.loads(path.read_text()))
 
 
 class LogsReserved(Tiny):

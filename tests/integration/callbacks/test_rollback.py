@@ -10,23 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, EMAWeightAveraging, StochasticWeightAveraging
 from ryzen_callbacks import AnomalyDetector, TrainingMetricsCollector
-from tiny_run import Tiny
-
-
-class PoisonedWeights(Tiny):
-    """Steps `at` set a weight to NaN, as an overflow in the optimizer would; all later losses are NaN."""
-
-    def __init__(self, at: tuple[int, ...]) -> None:
-        super().__init__()
-        self.at = at
-        self.weights: dict[int, torch.Tensor] = {}
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = self.trainer.global_step
-        if step in self.at:
-            with torch.no_grad():
-                self.layers[0].weight[0, 0] = float("nan")
-        self.weights[step] = self.layers[0].weight.detach().clone()
+from tiny_run import PoisonedWeights, Tiny
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["collector first", "detector first"])

@@ -1,9 +1,12 @@
-"""A tiny classifier and its data, for trying callbacks in real runs on a CPU."""
+"""A tiny classifier, its data and its report, for trying callbacks in real runs on a CPU."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from ryzen_callbacks import TrainingMetricsReport
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 
@@ -49,6 +52,22 @@ class Tiny(LightningModule):
         return int(batch[0].numel())
 
 
+class PoisonedWeights(Tiny):
+    """Steps `at` set a weight to NaN, as an overflow in the optimizer would; all later losses are NaN."""
+
+    def __init__(self, at: tuple[int, ...]) -> None:
+        super().__init__()
+        self.at = at
+        self.weights: dict[int, torch.Tensor] = {}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        if step in self.at:
+            with torch.no_grad():
+                self.layers[0].weight[0, 0] = float("nan")
+        self.weights[step] = self.layers[0].weight.detach().clone()
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     """An endless-looking dataset without a length."""
 
@@ -68,3 +87,8 @@ def dataset(count: int = 64) -> TensorDataset:
 def loader(count: int = 64, stream: bool = False) -> DataLoader[Any]:
     data = dataset(count)
     return DataLoader(Stream(data) if stream else data, batch_size=4)
+
+
+def read(path: Path) -> TrainingMetricsReport:
+    """The collector's report at `path`."""
+    return TrainingMetricsReport.model_validate(json.loads(path.read_text()))

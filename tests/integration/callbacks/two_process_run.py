@@ -1,15 +1,21 @@
 """Runs over two processes, started by test_callbacks_two_processes.py; each rank writes what it saw."""
 
+import errno
+import functools
 import json
+import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ryzen_callbacks import AnomalyDetector, Claim, OptimizationValidator, TrainingMetricsCollector
 from tiny_run import Tiny, dataset
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -43,6 +49,24 @@ class Sharded(FaultOnOneRank):
         """Not Tiny's: it would look at this rank's part only."""
 
 
+def fill_the_disk() -> None:
+    """The first rank has no room for its third and fourth checkpoint, or its part of a sharded one."""
+
+    def fails(save: Any) -> Any:
+        @functools.wraps(save)
+        def save_or_fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+            times[save] += 1
+            if torch.distributed.get_rank() == 0 and times[save] in (3, 4):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return save(self, *args, **kwargs)
+
+        return save_or_fail
+
+    times: Counter[Any] = Counter()
+    for owner, name in ((TorchCheckpointIO, "save_checkpoint"), (FileSystemWriter, "write_data")):
+        setattr(owner, name, fails(getattr(owner, name)))
+
+
 RUNS: dict[str, Any] = {
     "sharded": lambda: (Sharded(), {"non_finite": "rollback"}),
     "stop": lambda: (FaultOnOneRank(), {"non_finite": "stop"}),
@@ -53,10 +77,13 @@ RUNS: dict[str, Any] = {
 
 def main(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
-    module, actions = RUNS[name]()
+    kind = name.removesuffix(" on a full disk")
+    if kind != name:
+        fill_the_disk()
+    module, actions = RUNS[kind]()
     claim = Claim(name="half", baseline=lambda: 2, optimized=lambda: 1, measure="bytes", threshold=2.0)
     strategy: Any = "ddp"
-    if name == "sharded":  # FSDPStrategy itself is for GPUs only
+    if kind == "sharded":  # FSDPStrategy itself is for GPUs only
         strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
     detector = AnomalyDetector(actions, checkpoint_every_n_steps=3)
     collector = TrainingMetricsCollector(sample_every_n_steps=1)

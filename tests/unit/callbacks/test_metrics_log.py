@@ -193,6 +193,7 @@ def test_metadata_that_a_report_cannot_hold_are_refused_at_once(value: object) -
         TrainingMetricsCollector(metadata={"data": value})
 
 
-def test_a_report_where_the_csv_would_go_is_refused() -> None:
-    with pytest.raises(ValueError, match="csv=True"):
-        TrainingMetricsCollector("steps.csv", csv=True)
+@pytest.mark.parametrize("csv", [True, False])
+def test_a_json_report_in_a_csv_file_is_refused(csv: bool) -> None:
+    with pytest.raises(ValueError, match=r"path is steps\.csv, expected one for the JSON report; csv=True"):
+        TrainingMetricsCollector("steps.csv", csv=csv)

@@ -24,7 +24,7 @@ def series() -> list[tuple[int, float, float]]:
 
 def write_csv(path: Path) -> Path:
     lines = ["step,epoch,loss,step_time_ms", *(f"{s},0,{v},{t * 1000}" for s, v, t in series())]
-    text = "\n".join(lines)
+    text = "".join(f"{line}\n" for line in lines)
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(text.encode()))
     else:
@@ -50,20 +50,34 @@ def test_planted_faults_are_found_in_every_kind_of_log(tmp_path: Path, name: str
 def test_lightnings_csv_log_has_a_values_row_and_an_epochs_row_for_one_step(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     rows = [f"{step},{3.0 + (step == 150)},\n{step},,0.9" for step in range(200)]
-    path.write_text("\n".join(["step,train_loss_step,val_accuracy", *rows]))
+    path.write_text("\n".join(["step,train_loss_step,val_accuracy", *rows, ""]))
     assert [(a.step, a.kind) for a in scan(path)] == [(150, "loss_spike")]
 
 
-def test_a_last_row_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    """A run that was killed: its last row has half a loss and no step, or a step and no loss."""
+CUTS = (b"0,1", b'0,"3.', b"0,3.0,1", b"0,3.0,200", b"0,3.0e-", b"0,-,200", b"0,3.0,200,\xc3", b"\0" * 40)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_last_line_that_was_cut_off_is_left_out_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: bytes
+) -> None:
+    """A run that was killed: the line may lack values, end in half a number, or be a wrong number."""
     path = tmp_path / "log.csv"
-    for header, row, cut in (
-        ("epoch,loss,step", "0,{loss},{step}", "0,1"),
-        ("step,loss,epoch", "{step},{loss},0", "200,9"),
-    ):
-        rows = [row.format(step=step, loss=3.0 + (step == 150)) for step in range(200)]
-        path.write_text("\n".join([header, *rows, cut]))
-        assert [(a.step, a.kind) for a in scan(path)] == [(150, "loss_spike")]
+    rows = [f"0,{3.0 + (step == 150)},{step}\n" for step in range(200)]
+    path.write_bytes("".join(["epoch,loss,step\n", *rows]).encode() + cut)
+    assert main([str(path)]) == 0
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()] == ["150", "1"]
+    assert captured.err == f"{path}, line 202: left out, as it has no line end: it may have been cut off\n"
+    assert read_log(path)[1] == {"loss": 3.0}
+    assert max(read_log(path)) == 199
+
+
+def test_a_log_of_a_run_that_has_only_begun_is_no_unknown_one(tmp_path: Path) -> None:
+    for text in ("step,loss", "step,loss\n", "step,loss\n1,2."):
+        (tmp_path / "log.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"log\.csv has no values in a column"):
+            read_log(tmp_path / "log.csv")
 
 
 def test_a_byte_order_mark_does_not_belong_to_the_first_columns_name(tmp_path: Path) -> None:
@@ -94,14 +108,17 @@ BAD_LOGS: dict[str, tuple[bytes | None, str]] = {
     "damaged.csv.gz": (gzip.compress(b"")[:10] + b"\xff" * 20, "cannot read"),
     "long.csv": (b"step,loss\n1," + b"1" * 200_000 + b"\n", "cannot read"),
     "nostep.csv": (b"loss\n1.0\n", "no column 'step'"),
-    "unknown.csv": (b"step,joy\n1,2\n", "no column or tag that is known"),
+    "unknown.csv": (b"step,joy\n1,2\n", "no values in a column or tag that is known"),
     "empty.csv": (b"", "no column 'step'"),
     "words.csv": (
         b"step,loss\n1,1.0\n2,high\n",
         "words.csv, line 3: could not convert string to float: 'high'",
     ),
     "gap.csv": (b"step,loss\n1,1.0\n,1.0\n", "gap.csv, line 3: the step is '', expected a whole number"),
-    "short.csv": (b"loss,step\n1.0\n1.0,1\n", "short.csv, line 2: the step is None, expected"),
+    "short.csv": (b"loss,step\n1.0\n1.0,1\n", "short.csv, line 2: it has too few values, expected 2"),
+    "damaged.csv": (b"step,loss\n1,1.0\n2\n3,1.0\n", "damaged.csv, line 3: it has too few values"),
+    "grown.csv": (b"step,loss\n1,2.93,1.0\n4,1.0\n", "grown.csv, line 2: it has too many values, expected 2"),
+    "last.csv": (b"step,loss\n1,1.0\n2\n", "last.csv, line 3: it has too few values"),
     "half.csv": (b"step,loss\n0.5,1.0\n", "half.csv, line 2: the step is '0.5', expected a whole number"),
     "word.csv": (b"step,loss\none,1.0\n", "word.csv, line 2: the step is 'one', expected"),
     "endless.csv": (b"step,loss\ninf,1.0\n", "endless.csv, line 2: the step is 'inf', expected"),
@@ -120,3 +137,18 @@ def test_a_bad_log_ends_with_status_2_and_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_above_the_runs_says_where_the_events_are(tmp_path: Path) -> None:
+    run, empty = write_events(tmp_path / "lightning_logs" / "version_0"), tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=rf"no TensorBoard events in it; there are some in {run}"):
+        read_log(tmp_path)
+    with pytest.raises(ValueError, match="no TensorBoard events in it; expected a run's log folder"):
+        read_log(empty)
+
+
+def test_a_space_after_a_comma_belongs_to_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("step, loss\n1, 2.5\n")
+    assert read_log(path) == {1: {"loss": 2.5}}

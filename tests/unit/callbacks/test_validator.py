@@ -389,3 +389,15 @@ def test_a_figure_that_is_no_number_has_no_verdict(bad: Any, position: str) -> N
     arguments = {"actual": 3.0, "expected": 3.0, "tolerance": 0.1, position: bad}
     with pytest.raises(ValueError, match=position):
         OptimizationValidator().validate_kernel_performance(**arguments)
+
+
+def test_by_hand_a_report_that_cannot_be_written_is_noticed_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    ran: list[int] = []
+    claim = Claim(
+        name="c", baseline=lambda: ran.append(1), optimized=lambda: ran.append(2), measure="time", threshold=1
+    )
+    with pytest.raises(ValueError, match="is a folder, expected the path of a file"):
+        OptimizationValidator([claim], path=tmp_path, rounds=1).validate()
+    assert ran == []
