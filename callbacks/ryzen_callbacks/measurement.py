@@ -74,7 +74,7 @@ def _doubt(control: Ratio, limit: float) -> str:
     """Why the timings are not to be trusted, judging by the baseline against itself; empty if they are."""
     if control.ci_low is None or control.ci_high is None:
         return ""
-    span = f"[{control.ci_low:.3f}, {control.ci_high:.3f}]"
+    span = f"{control.ci_low:.3g}x to {control.ci_high:.3g}x"
     if not control.ci_low <= 1 <= control.ci_high:
         return f"the baseline differs from itself (interval {span} of its two timings excludes 1)"
     if control.ci_high / control.ci_low > limit:

@@ -90,7 +90,7 @@ def figure_result(
 def show(metric: str, value: float) -> str:
     """A figure as a person reads it: 3.21x, 25.0%, +0.42%."""
     if metric in ("increase", "difference"):
-        return f"{value:+.2%}"
+        return f"{value:+z.2%}"  # what rounds to zero has no minus
     if metric == "saving":
         return f"{value:.1%}"
     return f"{value:.3g}{_UNITS.get(metric, '')}"

@@ -70,15 +70,15 @@ def _effect(result: ValidationResult) -> int:
 
 
 def _gain(result: ValidationResult) -> str:
-    """The figure, its interval where it has one, and both arms."""
+    """A sentence of the figure, its interval where it has one, and both arms."""
     assert result.measured is not None
     figure = show(result.metric, result.measured)
     if result.ci_low is not None and result.ci_high is not None and result.ci_low < result.ci_high:
         figure += f" ({show(result.metric, result.ci_low)} to {show(result.metric, result.ci_high)})"
     if result.baseline is None or result.optimized is None:
-        return f"{result.metric} {figure}"
+        return f"{result.metric.capitalize()} {figure}"
     return (
-        f"{result.metric} {figure}: {show_quantity(result.optimized)} instead of "
+        f"{result.metric.capitalize()} {figure}: {show_quantity(result.optimized)} instead of "
         f"{show_quantity(result.baseline)} with {result.baseline.name}"
     )
 

@@ -401,3 +401,9 @@ def test_by_hand_a_report_that_cannot_be_written_is_noticed_before_anything_is_m
     with pytest.raises(ValueError, match="is a folder, expected the path of a file"):
         OptimizationValidator([claim], path=tmp_path, rounds=1).validate()
     assert ran == []
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    """-0.00% reads like a gain."""
+    result = OptimizationValidator().validate_numerical_correctness(actual=-2e-5, expected=0.01)
+    assert result.message == "increase +0.00% meets the expected at most +1.00%"

@@ -34,7 +34,7 @@ def test_what_helps_stays_on_with_what_it_gains() -> None:
         has_bf16=True,
     )
     assert line == (
-        "enable_kernel_optimization: keep it on. speedup 4x (3.5x to 4.5x): 100 ms instead of 400 ms with "
+        "enable_kernel_optimization: keep it on. Speedup 4x (3.5x to 4.5x): 100 ms instead of 400 ms with "
         "naive: eager"
     )
 
@@ -43,7 +43,7 @@ def test_what_helps_less_than_claimed_stays_on_too() -> None:
     (line,) = recommend(
         [result("kernel_performance", measured=2.0, ci_low=1.9, ci_high=2.1, status="FAIL")], has_bf16=True
     )
-    assert line.startswith("enable_kernel_optimization: keep it on. speedup 2x")
+    assert line.startswith("enable_kernel_optimization: keep it on. Speedup 2x")
     assert line.endswith("; at least 3x is not shown to be reached")
 
 
@@ -51,7 +51,7 @@ def test_what_harms_goes_off() -> None:
     (line,) = recommend(
         [result("speculative_decoding", measured=0.8, ci_low=0.7, ci_high=0.9, status="FAIL")], has_bf16=True
     )
-    assert line == "enable_speculative_decoding: switch it off here. speedup 0.8x (0.7x to 0.9x)"
+    assert line == "enable_speculative_decoding: switch it off here. Speedup 0.8x (0.7x to 0.9x)"
 
 
 def test_no_difference_is_no_reason_to_switch() -> None:
@@ -79,7 +79,7 @@ def test_a_saving_counted_in_bytes_has_no_interval() -> None:
     (line,) = recommend(
         [result("kv_cache", metric="saving", measured=0.5, ci_low=0.5, ci_high=0.5)], has_bf16=True
     )
-    assert line == "enable_kv_cache_optimization: keep it on. saving 50.0%"
+    assert line == "enable_kv_cache_optimization: keep it on. Saving 50.0%"
 
 
 def test_what_is_off_or_unknown_gets_no_figure() -> None:
