@@ -164,6 +164,9 @@ class DraftControl:
 
         `branching` says whether a pass can read a tree of tokens.
         """
+        texts = len(candidates)
+        if not any(draft.tokens for drafts in candidates for draft in drafts.values()):  # yet
+            return Plan(self.widths[0], [Draft()] * texts, [()] * texts), float(texts)
         most = self.widths[-1] - 1
         trees = [
             DraftTree(drafts, lambda *kind: self.rates[kind], branching=branching, most=most)
