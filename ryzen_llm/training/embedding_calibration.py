@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -142,16 +141,10 @@ def measure(model: Transformer, others: Mapping[str, Transformer], input_ids: Te
     tokens = input_ids.shape[0] * (input_ids.shape[1] - 1)
     qualities = {}
     for name, total in sums.items():
-        dense, loss, kl, same = (total / tokens).tolist()
-        qualities[name] = Quality(_exp(loss), _exp(loss - dense) - 1, kl, same)
+        dense, loss, kl, same = total / tokens
+        perplexity, increase = loss.exp(), (loss - dense).exp() - 1  # a tensor's may be infinite
+        qualities[name] = Quality(*torch.stack((perplexity, increase, kl, same)).tolist())
     return qualities
-
-
-def _exp(nats: float) -> float:
-    try:
-        return math.exp(nats)
-    except OverflowError:  # beyond 709 nats
-        return math.inf
 
 
 def with_embedding(model: Transformer, embedding: Embedding) -> Transformer:

@@ -32,6 +32,12 @@ def same(a: Transformer, b: Transformer) -> bool:
     return a.config == b.config and all(m == n and torch.equal(x, y) for (m, x), (n, y) in pairs)
 
 
+def assert_transformers_agrees(exported: Path, model: Transformer, ids: torch.Tensor) -> None:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+
+
 def test_in_and_out_and_in_again_is_bit_exact_and_transformers_agrees(
     every_kind: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -129,10 +135,7 @@ def test_a_gemma_without_windows_is_one_that_transformers_runs(directory: Path, 
     model = Transformer(ModelConfig(**SHAPE, **gemma)).eval()
     exported = export_pretrained(model, tokenizer, tmp_path / "out")
     assert same(load_pretrained(exported)[0], model)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    ids = random_ids(1, 20)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+    assert_transformers_agrees(exported, model, random_ids(1, 20))
 
 
 def test_gemmas_norms_in_bf16_are_exported_exactly(directory: Path, tmp_path: Path) -> None:
@@ -154,10 +157,7 @@ def test_a_mistral_with_windows_in_some_layers_is_exported(directory: Path, tmp_
     model = Transformer(ModelConfig(**SHAPE, sliding_window=7, sliding_layers=(0, 2))).eval()
     exported = export_pretrained(model, tokenizer, tmp_path / "out")
     assert same(load_pretrained(exported)[0], model)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    ids = random_ids(1, 40)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, model(ids), atol=2e-5, rtol=1e-5)
+    assert_transformers_agrees(exported, model, random_ids(1, 40))
 
 
 def test_a_combination_that_no_architecture_has_is_refused(directory: Path, tmp_path: Path) -> None:
