@@ -101,6 +101,11 @@ class DrafterOrchestrator(Orchestrator):
         enabled = dataclasses.replace(context.enabled, drafters=drafters)
         return [speculative_decoding.claim(dataclasses.replace(context, enabled=enabled))]
 
+    def _to_generate(self) -> list[str]:
+        target = self.config.drafter.target
+        assert target is not None
+        return ["--model", str(target), "--drafter", f"heads:{self.output_dir / HEADS}"]
+
     def _self_tests(self) -> IntegrationTestRunner:
         return IntegrationTestRunner(self._trained_model(), self.tokenizer, self._batches("val", 1))
 

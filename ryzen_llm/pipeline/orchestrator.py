@@ -258,7 +258,9 @@ class Orchestrator:
         try:
             work()
         except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
-            status, error = "interrupted", "interrupted"
+            again = "--resume goes on from the last checkpoint, if there is one"
+            measured = f"--phases {name} measures it again"
+            status, error = "interrupted", f"by a signal; {again if name == 'training' else measured}"
         except Exception as caught:
             if name == "training" and self.checkpoint is None and isinstance(caught, InputError):
                 raise  # the checkpoint to resume from does not fit the data
@@ -415,8 +417,14 @@ class Orchestrator:
         except OSError as error:  # a full disk: what was measured is on the screen at least
             report.status = "failed"
             self.console.print(f"[red]{FINAL_REPORT} cannot be written:[/red] {escape(str(error))}")
-        show_summary(self.console, report, self.output_dir)
+        show_summary(self.console, report, self.output_dir, self._to_generate() if self.checkpoint else ())
         return report
+
+    def _to_generate(self) -> list[str]:
+        """Options of generate.py for what was trained or measured."""
+        assert self.checkpoint is not None
+        elsewhere = Path(self.checkpoint).is_absolute()
+        return ["--model", self.checkpoint if elsewhere else str(self.output_dir)]
 
     def _final_report(self) -> FinalReport:
         results = self.validation.results if self.validation else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +25,13 @@ def show_parts(console: Console, parts: Sequence[Part]) -> None:
     console.print(table)
 
 
-def show_summary(console: Console, report: FinalReport, output_dir: Path) -> None:
-    """Verdicts, how good the model is, a sample of its text, and where everything lies."""
+def show_summary(
+    console: Console, report: FinalReport, output_dir: Path, to_generate: Sequence[str] = ()
+) -> None:
+    """Verdicts, how good the model is, a sample of its text, and where everything lies.
+
+    `to_generate` are the options with which generate.py uses what was trained, none where nothing was.
+    """
     console.rule("report")
     if report.optimizations:
         table = Table("claim", "verdict", "why")
@@ -54,4 +60,6 @@ def show_summary(console: Console, report: FinalReport, output_dir: Path) -> Non
     # In one line whatever the width, to be copied.
     console.print(f"reports: {folder}/report.html and the .json files beside it", soft_wrap=True)
     console.print(f"curves:  tensorboard --logdir {folder}/tensorboard", soft_wrap=True)
-    console.print(f'text:    python scripts/generate.py --model {folder} --prompt "..."', soft_wrap=True)
+    if to_generate:
+        options = escape(shlex.join(to_generate))
+        console.print(f'text:    python scripts/generate.py {options} --prompt "..."', soft_wrap=True)

@@ -93,6 +93,7 @@ def test_ctrl_c_in_training(
     in_step_eleven(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert train(arguments(corpus, tmp_path / "out", **SHORT)) == 130
     assert_reports_of_ten_steps(tmp_path / "out", "interrupted")
+    assert "--resume goes on" in report(tmp_path / "out", "phase2_final_report")["phases"][1]["error"]
 
 
 def test_ctrl_c_before_training(

@@ -21,6 +21,7 @@ DRAFTER = {
 
 @pytest.fixture(scope="module")
 def heads_run(finished: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it wrote; the last line on its screen says how to use the heads."""
     output_dir = tmp_path_factory.mktemp("drafter") / "run"
     options = arguments(
         corpus,
@@ -31,6 +32,8 @@ def heads_run(finished: Path, corpus: Path, tmp_path_factory: pytest.TempPathFac
     )
     done = run_script("train", options)
     assert done.returncode == 0, done.stderr
+    usage = f"--model {finished} --drafter heads:{output_dir / 'heads.safetensors'}"
+    assert f'generate.py {usage} --prompt "..."' in done.stdout.splitlines()[-1]
     return output_dir
 
 

@@ -220,7 +220,9 @@ def test_a_saved_cache_knows_what_its_ring_buffers_have_overwritten(
         for each in (cache, restored):
             with pytest.raises(InputError, match="cannot truncate from 400 to 271"):
                 each.truncate((271, 100))
-        assert torch.equal(sliding(ids[:, :3], cache), sliding(ids[:, :3], restored))
+        # Not to the bit: they have room for other lengths, and a matrix library may add in another order.
+        after_cache, after_restored = sliding(ids[:, :3], cache), sliding(ids[:, :3], restored)
+        torch.testing.assert_close(after_restored, after_cache, rtol=0, atol=1e-6)
 
 
 def test_a_saved_cache_that_does_not_fit_is_refused(

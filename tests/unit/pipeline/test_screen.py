@@ -14,9 +14,9 @@ from ryzen_llm.pipeline.screen import show_summary
 MARKUP = "size [/tensor] of [batch, time] is [red]wrong[/red]"
 
 
-def screen(report: FinalReport, folder: str = "/runs/out", width: int = 200) -> str:
+def screen(report: FinalReport, folder: str = "/runs/out", width: int = 200, *to_generate: str) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    show_summary(console, report, Path(folder))
+    show_summary(console, report, Path(folder), to_generate)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -49,7 +49,7 @@ def test_square_brackets_are_text() -> None:
 
 def test_what_is_to_be_copied_is_not_broken_into_lines() -> None:
     folder = "/a/long/path" * 12 + "/out"
-    shown = screen(final_report(), folder, width=60).splitlines()
+    shown = screen(final_report(), folder, 60, "--model", folder).splitlines()
     assert f"curves:  tensorboard --logdir {folder}/tensorboard" in shown
     assert f'text:    python scripts/generate.py --model {folder} --prompt "..."' in shown
 
@@ -59,6 +59,7 @@ def test_what_is_missing_is_left_out() -> None:
     assert "None" not in shown
     assert "validation loss" not in shown
     assert "self-tests" not in shown
+    assert "generate.py" not in shown
 
 
 @pytest.mark.parametrize(
