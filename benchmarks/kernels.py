@@ -24,6 +24,7 @@ from ryzen_llm.kernels import CANDIDATES, Workload, describe_device, shared_comp
 from ryzen_llm.kernels.regions import REGIONS, ops_of
 from ryzen_llm.model import PRESETS, ModelConfig, Transformer
 from ryzen_llm.training.kernel_trials import Arm, largest_error, make_arm, reference
+from ryzen_llm.training.op_clock import op_clock
 
 EAGER = "eager"
 
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> None:
         epilog="An op is measured among its neighbours in a block, compiled but for the arm 'eager', which "
         "is its plainest form, and for Liger-Kernel's, whose neighbours are eager, too. GB/s count each "
         "input and output once forward and backward, so that an arm that reads more gets a lower share; "
-        "GFLOP/s leave out the masked half of attention.",
+        "GFLOP/s leave out the masked half of attention. On CUDA the time is the GPU's own, without that in "
+        "which Python launches its kernels.",
     )
     parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small)")
     parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: 8)")
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> None:
     for op in options.ops or ops_of(work):
         with console.status(f"compiling and checking {op}"):
             arms, errors, absent = _arms(op, work)
-        times = time_arms(arms, options.rounds)
+        times = time_arms(arms, options.rounds, clock=op_clock(device))
         unit, amount, ceiling = _amount(op, work, bandwidth, flops)
         for name in times:
             seconds = statistics.median(times[name])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.side_by_side import synchronize
+from ryzen_llm.training.op_clock import op_clock
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of a large matrix product, in floating-point operations per second."""
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / _shortest(lambda: a @ b)
+    return 2 * size**3 / _shortest(lambda: a @ b, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -22,22 +21,16 @@ def copy_bandwidth(device: torch.device) -> float:
     count = 2**26 if device.type == "cpu" else 2**28  # fp32: 256 MiB and 1 GiB
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
-    return 8 * count / _shortest(lambda: target.copy_(source))
+    return 8 * count / _shortest(lambda: target.copy_(source), device)
 
 
 def read_bandwidth() -> float:
     """The best rate of reading a large array by the CPU, in bytes per second."""
     source = torch.ones(2**27)  # fp32: 512 MiB
-    return 4 * source.numel() / _shortest(lambda: source.sum())
+    return 4 * source.numel() / _shortest(lambda: source.sum(), source.device)
 
 
-def _shortest(run: Callable[[], object]) -> float:
+def _shortest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the shortest of ten runs."""
-    best = float("inf")
-    for _ in range(10):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+    clock = op_clock(device)
+    return min(clock(run) for _ in range(10))

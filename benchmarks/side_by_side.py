@@ -9,7 +9,6 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 from rich.progress import Progress
 from ryzen_callbacks.intervals import median_interval
 from torch.profiler import ProfilerActivity
+
+from ryzen_llm.training.op_clock import Clock, host_seconds
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,13 @@ Times = Mapping[str, list[float]]
 """Seconds of each run of each arm, by round."""
 
 
-def time_arms(arms: Mapping[str, Callable[[], object]], rounds: int, settle: bool = False) -> Times:
-    """Time every arm once a round; the caller has warmed them up.
+def time_arms(
+    arms: Mapping[str, Callable[[], object]],
+    rounds: int,
+    settle: bool = False,
+    clock: Clock = host_seconds,
+) -> Times:
+    """Time every arm once a round by `clock`; the caller has warmed them up.
 
     With `settle` each runs once more, untimed, before it is timed: as in a loop of its own, it then finds its
     own memory, not what the arm before it has left or given back.
@@ -49,11 +55,7 @@ def time_arms(arms: Mapping[str, Callable[[], object]], rounds: int, settle: boo
         for name in progress.track(interleaved(names, rounds), rounds * len(names), description="measuring"):
             if settle:
                 arms[name]()
-            synchronize()
-            start = time.perf_counter()
-            arms[name]()
-            synchronize()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock(arms[name]))
     return times
 
 
@@ -110,9 +112,3 @@ def settings_of(options: argparse.Namespace) -> dict[str, str]:
         return Path(text).name if Path(text).is_file() else text
 
     return {key: in_words(value) for key, value in vars(options).items() if key != "out"}
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -96,7 +96,7 @@ def _build(context: ClaimContext, recipe: Recipe) -> Arm:
     optimizer = (
         build_adamw(model, OptimizerConfig(learning_rate=_LEARNING_RATE), fused=True)
         if optimised
-        # PyTorch's default, which is not fused; build_adamw without `fused` would be slower than it on a GPU.
+        # PyTorch's default.
         else torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE)
     )
     batches = [context.train_batches[i % len(context.train_batches)].to(device) for i in range(STEPS)]

@@ -90,7 +90,8 @@ class FixedWidthPass:
                 self._cache, self._graphs = cache, {}
                 cache.reserve(cache.max_length)
             if width not in self._graphs:
-                self._graphs[width] = GraphedStep(self._run, cache, tokens)
+                with shared_compilations():  # each width, batch and cache size is a graph of the same code
+                    self._graphs[width] = GraphedStep(self._run, cache, tokens)
             return self._graphs[width](tokens)
         positions = cache.append(width)
         if tokens.numel() > 1:  # texts of one length take the graph of texts of different lengths

@@ -8,6 +8,8 @@ its codes once for all queries that share them, and their partial softmaxes are 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -63,7 +65,9 @@ def _partial_contexts(
     contexts = q.new_empty(batch, kv_heads, splits, rows, head_dim, dtype=torch.float32)
     logsumexps = q.new_empty(batch, kv_heads, splits, rows, dtype=torch.float32)
     arguments = [argument for stored in (keys, values) for argument in _arguments(stored)]
-    with torch.cuda.device_of(q):  # Triton starts kernels on the current device
+    # Triton starts kernels on the current device. Compiled code makes the device current itself, and Dynamo
+    # cannot trace a change of it.
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(q):
         attend_split[(batch * kv_heads, splits)](
             q,
             *arguments,
@@ -79,7 +83,6 @@ def _partial_contexts(
             ring,
             window,
             skipped,
-            head_dim**-0.5,
             K_KIND=_kind(keys),
             K_SCALE=keys.scale is not None,
             K_MINIMUM=keys.minimum is not None,
@@ -148,7 +151,6 @@ def attend_split(
     ring,
     window,
     skipped,
-    softmax_scale,
     K_KIND: tl.constexpr,
     K_SCALE: tl.constexpr,
     K_MINIMUM: tl.constexpr,
@@ -166,6 +168,8 @@ def attend_split(
     batch = (pair // kv_heads).to(tl.int64)
     head = (pair % kv_heads).to(tl.int64)
     HALF: tl.constexpr = HEAD_DIM // 2
+    # No argument: as one, Inductor would give it in fp64, and all that is multiplied by it were fp64.
+    SOFTMAX_SCALE: tl.constexpr = HEAD_DIM**-0.5
     # A packed tensor is worked on in halves of the channels, the low and the high one.
     KEY_HALF: tl.constexpr = KEY_DIM // 2
     K_WIDTH: tl.constexpr = KEY_HALF if K_KIND == 1 else KEY_DIM
@@ -225,7 +229,7 @@ def attend_split(
         if K_MINIMUM:
             minimum = tl.load(k_minimum_ptr + k_factors + slot, mask=ok, other=0.0).to(tl.float32)
             s += q_sum[:, None] * minimum[None, :]
-        s = tl.where(seen, s * softmax_scale, float("-inf"))
+        s = tl.where(seen, s * SOFTMAX_SCALE, float("-inf"))
 
         reached = tl.maximum(highest, tl.max(s, 1))
         finite = tl.where(reached == float("-inf"), 0.0, reached)  # nothing of this block may be seen

@@ -75,7 +75,7 @@ def _heads_in_cpp(module: ModuleType) -> Unsuited:
 
 
 def _unsuited_to_linear(work: Workload) -> str | None:
-    if cpu_features().amx_bf16:
+    if work.device.type == "cpu" and cpu_features().amx_bf16:
         return "PyTorch's product uses AMX"
     if work.batch * work.time < linear_cpu.FEWEST_ROWS:
         return f"fewer than {linear_cpu.FEWEST_ROWS} tokens"

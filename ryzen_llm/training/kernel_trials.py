@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ryzen_llm.kernels import CANDIDATES, Workload
 from ryzen_llm.kernels.regions import REGIONS
+from ryzen_llm.training.op_clock import Clock, op_clock
 
 MOST_ROUNDS = 15
 FEWEST_ROUNDS = 3
@@ -79,7 +80,7 @@ def try_all(
         except Exception as error:
             trial.excluded = _why(error)
     on_trial(None)
-    times, failures = _time(arms)
+    times, failures = _time(arms, op_clock(work.device))
     for trial in trials:
         if trial.name in failures:
             trial.excluded = failures[trial.name]
@@ -165,7 +166,7 @@ def largest_error(results: list[Tensor], expected: list[Tensor]) -> float:
     return float(torch.stack(errors).max())  # NaN if one of them is
 
 
-def _time(arms: dict[str, Arm]) -> tuple[dict[str, list[float]], dict[str, str]]:
+def _time(arms: dict[str, Arm], clock: Clock) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of each run, in rounds of all arms whose order turns around, and why some failed."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     failures: dict[str, str] = {}
@@ -174,11 +175,7 @@ def _time(arms: dict[str, Arm]) -> tuple[dict[str, list[float]], dict[str, str]]
         names = [name for name in arms if name not in failures]
         for name in names if done % 2 == 0 else reversed(names):
             try:
-                _synchronize()
-                start = time.perf_counter()
-                arms[name]()
-                _synchronize()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock(arms[name]))
             except Exception as error:
                 failures[name] = _why(error)
         done += 1
@@ -186,8 +183,3 @@ def _time(arms: dict[str, Arm]) -> tuple[dict[str, list[float]], dict[str, str]]
             whole = sum(seconds[0] for seconds in times.values() if seconds)
             rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(SECONDS_PER_OP / whole)))
     return times, failures
-
-
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

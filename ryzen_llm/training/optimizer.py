@@ -68,7 +68,10 @@ class OptimizerConfig:
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices are decayed, vectors (norm weights, biases) are not."""
+    """AdamW over two groups: matrices are decayed, vectors (norm weights, biases) are not.
+
+    Not `fused` it is PyTorch's default, which on a GPU updates many weights at once.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -78,8 +81,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig, fused: bool = True) -
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=fused,
-        foreach=False,
+        fused=fused or None,  # with False it would update one weight after the other, whatever the device
     )
 
 

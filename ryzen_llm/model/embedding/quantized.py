@@ -187,7 +187,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         self._check_ids(input_ids)
         rows = input_ids.flatten()
         if self.position is not None:
-            rows = self.position[rows].long()
+            rows = self._row_of(rows)
         if self.weight is not None:
             values = self._trained(rows)
         elif len(self.tiers) == 1:
@@ -203,6 +203,12 @@ class QuantizedEmbedding(CompressedEmbedding):
             values = self._rotated_back(values)
         # What is rounded as it is used is in fp32, the rest of the model may be in bf16.
         return values.view(*input_ids.shape, self.hidden_size).to(self.centre.dtype)
+
+    def _row_of(self, input_ids: Tensor) -> Tensor:
+        assert self.position is not None
+        # CUDA finds nothing in a tensor of 16 bits without a sign.
+        position = self.position if self.position.device.type == "cpu" else self.position.int()
+        return position[input_ids].long()
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """See `Embedding.logits`."""
@@ -223,7 +229,7 @@ class QuantizedEmbedding(CompressedEmbedding):
         if self.weight is None:
             return super().loss(hidden_states, targets, loss)
         if self.position is not None:
-            targets = torch.where(targets < 0, targets, self.position[targets.clamp(min=0)].long())
+            targets = torch.where(targets < 0, targets, self._row_of(targets.clamp(min=0)))
         return loss(self._as_weight(hidden_states), self._trained(), targets)
 
     @torch.no_grad()

@@ -6,7 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from ryzen_llm.cache import KVCache
 from ryzen_llm.decoding import Generator
+from ryzen_llm.decoding.cuda_graph import Step
+from ryzen_llm.decoding.fixed_width import Outcome
 from ryzen_llm.kernels.cached_attention_cpu import is_in_cpp as attention_is_in_cpp
 from ryzen_llm.kernels.few_rows_linear import is_in_cpp as few_rows_are_in_cpp
 from ryzen_llm.kernels.quantised_linear import is_in_cpp as product_is_in_cpp
@@ -83,6 +86,41 @@ def test_caches_of_any_length_find_room_among_the_compilations(monkeypatch: pyte
         for length in (8, 400, 8):
             found, expected = (
                 generator.fixed_width(tokens, generator.new_cache(1, length)).logits
+                for generator in (compiled, eager)
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+class Played:
+    """A `GraphedStep` without CUDA: compiles when it is made and computes when it is called."""
+
+    def __init__(self, step: Step[Outcome], cache: KVCache, tokens: torch.Tensor) -> None:
+        self.step, self.cache = step, cache
+        lengths = cache.lengths
+        self(tokens)
+        cache.truncate(lengths)
+
+    def __call__(self, tokens: torch.Tensor) -> Outcome:
+        positions = self.cache.append(tokens.shape[1]).view(1, -1).expand(tokens.shape)
+        for layer in self.cache.layers:
+            layer.positions = positions
+        return self.step(tokens, positions, self.cache.layers)
+
+
+def test_graphs_of_any_width_and_cache_find_room_among_the_compilations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's, too: each width, batch and size of a cache is compiled anew before it is recorded."""
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("ryzen_llm.decoding.fixed_width.GraphedStep", Played)
+    torch._dynamo.reset()
+    compiled, eager = (Generator(build(), weights="fp32", compile=compile) for compile in (True, False))
+    compiled.fixed_width.device = torch.device("cuda")
+    with torch._dynamo.config.patch(recompile_limit=1), torch.inference_mode():
+        for width, length in ((1, 20), (1, 30), (2, 30), (4, 30)):
+            tokens = torch.full((2, width), 3)
+            found, expected = (
+                generator.fixed_width(tokens, generator.new_cache(2, length)).logits
                 for generator in (compiled, eager)
             )
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -139,7 +139,7 @@ def test_every_configuration_compiles_without_a_gpu(
         "BLOCK": triton_kernel.block_slots(head_dim),
     }
     types = dict.fromkeys(triton_kernel.attend_split.arg_names, "i32")
-    types |= {"q_ptr": "*bf16", "positions_ptr": "*i64", "softmax_scale": "fp32"}
+    types |= {"q_ptr": "*bf16", "positions_ptr": "*i64"}
     types |= {"context_ptr": "*fp32", "logsumexp_ptr": "*fp32"}
     for prefix, (kind, codes, scale, minimum) in (("k", KINDS[keys]), ("v", KINDS[values])):
         upper = prefix.upper()

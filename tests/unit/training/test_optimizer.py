@@ -43,6 +43,16 @@ def test_a_frozen_parameter_is_left_out_and_so_is_an_empty_group() -> None:
     assert [id(p) for p in group["params"]] == [id(model[1].weight)]
 
 
+def test_not_fused_it_is_as_fast_as_pytorchs_default() -> None:
+    """Which takes the forms for many tensors at once where both are left to it, as on a GPU."""
+    model = torch.nn.Linear(3, 2)
+    found, default = build_adamw(model, OptimizerConfig(), fused=False), torch.optim.AdamW(model.parameters())
+    for group in found.param_groups:
+        assert [group[key] for key in ("fused", "foreach")] == [
+            default.defaults[key] for key in ("fused", "foreach")
+        ]
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_steps_equal_the_formula_in_fp64(fused: bool) -> None:
     """Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, written out."""
