@@ -28,6 +28,8 @@ from ryzen_llm.model import PRESETS, ModelConfig, Transformer
 from ryzen_llm.training import KernelOptimizer, OptimizerConfig, build_adamw
 
 OURS, PEER = "ours", "transformers"
+CONTROL = "transformers, batches reversed"
+"""The peer once more, each batch's sequences in the other order: it differs in roundings only."""
 WARMUP_STEPS = 20
 CHUNKS = 5
 """Parts of a curve whose mean losses are compared, besides the validation loss at its end."""
@@ -39,9 +41,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="benchmark.py loss_curves",
         description=__doc__,
-        epilog="Both arms start a seed with the same weights, read the same batches, and have bf16 autocast "
+        epilog="All arms start a seed with the same weights, read the same batches, and have bf16 autocast "
         "where the hardware has it, torch.compile and the same AdamW; ours has its own model code, fused "
-        "loss and measured kernels, transformers its LlamaForCausalLM.",
+        "loss and measured kernels, transformers its LlamaForCausalLM. A third twin, a control, is "
+        "transformers' with the sequences of each batch in reverse order, which differs in roundings only: "
+        "where it is as far off, the training itself is unstable.",
     )
     parser.add_argument("--model", default="small", choices=PRESETS, help="shape (default: small, 28M)")
     parser.add_argument("--source", default="stdlib", help="text, as data.source (default: stdlib)")
@@ -49,6 +53,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--context", type=int, default=256, help="tokens a sequence (default: 256)")
     parser.add_argument("--steps", type=int, default=150, help="of each twin (default: 150)")
     parser.add_argument("--seeds", type=int, default=6, help="pairs of twins, 6 or more (default: 6)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's peak (default: 1e-3)")
     parser.add_argument("--validation-batches", type=int, default=50)
     parser.add_argument(
         "--margin", type=float, default=0.005, help="of equivalence, relative (default: 0.5%%)"
@@ -62,6 +67,7 @@ def main(arguments: list[str]) -> None:
         )
     if importlib.util.find_spec("transformers") is None:
         raise InputError("transformers is not installed: pip install transformers")
+    recipe = OptimizerConfig(learning_rate=options.learning_rate)
     console = Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = supports_bf16(device)
@@ -69,24 +75,22 @@ def main(arguments: list[str]) -> None:
     ours, theirs = Transformer(config).to(device), transformers_model(config).to(device)
     KernelOptimizer(ours, options.batch, options.context, bf16=bf16).optimize()
     ours.compile_blocks()
+    peer = loss_of_logits(theirs, compiled=True)
     arms: dict[str, tuple[nn.Module, Loss]] = {
         OURS: (ours, lambda ids, targets: ours.loss(ids, targets)[0]),
-        PEER: (theirs, loss_of_logits(theirs, compiled=True)),
+        PEER: (theirs, peer),
+        CONTROL: (theirs, lambda ids, targets: peer(ids.flip(0), targets.flip(0))),
     }
     curves: dict[str, list[list[float]]] = {name: [] for name in arms}
     validation: dict[str, list[float]] = {name: [] for name in arms}
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         start = Transformer(config)
-        ours.load_state_dict(start.state_dict())
-        # Their tied head is no weight of ours.
-        theirs.load_state_dict(dict(weights_of(start, 0.0)), strict=False)
-        if not torch.equal(theirs.get_parameter("lm_head.weight").cpu(), start.embedding.dense_weight()):
-            raise AssertionError("the twins start with other weights")
         train, val = _batches(config, seed, options)
         for name, (model, loss) in arms.items():
             started = time.perf_counter()
-            curves[name].append(_train(model, loss, train, device, bf16, f"seed {seed}, {name}"))
+            _set_weights(model, start)
+            curves[name].append(_train(model, loss, train, recipe, bf16, f"seed {seed}, {name}"))
             validation[name].append(_validate(loss, val, device, bf16))
             console.print(
                 f"seed {seed}, {name}: validation loss {validation[name][-1]:.4f} after {options.steps} "
@@ -96,16 +100,20 @@ def main(arguments: list[str]) -> None:
     table = Table(
         title=f"{options.steps} steps of {options.batch} x {options.context} tokens, {options.seeds} seeds"
     )
-    for heading in ("loss", OURS, PEER, "difference [95%]", f"within {options.margin:.1%}"):
+    margin = f"within {options.margin:.1%}"
+    for heading in ("loss", OURS, PEER, "difference [95%]", margin, "reversed [95%]", margin):
         table.add_column(heading, justify="left" if heading == "loss" else "right")
     for label, pairs in _parts(curves, validation, options.steps).items():
-        row = {"loss": label, **pairs, **compare(pairs[OURS], pairs[PEER], options.margin)}
-        rows.append(row)
+        row, control = (compare(pairs[name], pairs[PEER], options.margin) for name in (OURS, CONTROL))
+        rows.append({"loss": label, **pairs, **row, "control": control})
         table.add_row(
             label,
             *(f"{statistics.fmean(pairs[name]):.4f}" for name in (OURS, PEER)),
-            shown(row, digits=3),
-            "yes" if row["equivalent"] else "not shown",
+            *(
+                cell
+                for each in (row, control)
+                for cell in (shown(each, digits=3), "yes" if each["equivalent"] else "not shown")
+            ),
         )
     console.print(table)
     write_json(
@@ -134,12 +142,22 @@ def _batches(
     return train, list(islice(data.val_dataloader()[0], options.validation_batches))
 
 
+def _set_weights(model: nn.Module, start: Transformer) -> None:
+    if isinstance(model, Transformer):
+        model.load_state_dict(start.state_dict())
+        return
+    model.load_state_dict(dict(weights_of(start, 0.0)), strict=False)  # their tied head is no weight of ours
+    if not torch.equal(model.get_parameter("lm_head.weight").cpu(), start.embedding.dense_weight()):
+        raise AssertionError("the twins start with other weights")
+
+
 def _train(
-    model: nn.Module, loss: Loss, batches: Iterable[Tensor], device: torch.device, bf16: bool, what: str
+    model: nn.Module, loss: Loss, batches: Iterable[Tensor], recipe: OptimizerConfig, bf16: bool, what: str
 ) -> list[float]:
     """The loss of every step, of a model that is trained from its weights as they are."""
     model.train()
-    optimizer = build_adamw(model, OptimizerConfig())
+    device = next(model.parameters()).device
+    optimizer = build_adamw(model, recipe)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS)
     losses = []
     for batch in track(list(batches), what, transient=True):

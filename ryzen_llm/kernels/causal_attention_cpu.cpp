@@ -2,7 +2,7 @@
 // that scores never leave the cache; backward computes them again from the sums that forward kept.
 //
 // A task is a key head and the queries that share it. What the products read is copied first: rows, which multiply, as
-// they are; what is multiplied with two numbers that meet the same sum in each word, as VDPBF16PS wants them.
+// they are; what is multiplied with two numbers that meet the same sum in each word, as VDPBF16PS and AMX want them.
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@
 #include <new>
 #include <optional>
 
-#include "products_avx512.h"
+#include "products_amx.h"
 #include "transpose_avx512.h"
 
 namespace {
@@ -54,6 +54,10 @@ struct Sizes {
     for (int64_t r = 0; r < rows(block); ++r) first = std::min(first, begin(text, block * BLOCK + r));
     return first / BLOCK;
   }
+  // Whether products are AMX's, which sum over 32 numbers at a time.
+  bool amx() const { return width % TILES == 0 && may_use_amx(); }
+  // Weights beyond a row's last one are zeros up to a multiple of this, since a product may read them.
+  int64_t grain() const { return amx() ? TILES : LANES; }
   int64_t blocks() const { return (time + BLOCK - 1) / BLOCK; }
   int64_t group() const { return heads / kv_heads; }
   int64_t words() const { return width / 2; }
@@ -78,6 +82,17 @@ WITH_BF16 void transpose_block(const uint16_t* rows, int64_t words, Pair* to) {
       for (int64_t i = 0; i < LANES; ++i) turned[i] = _mm512_maskz_loadu_epi32(there, from + (r + i) * words + w);
       transpose(turned);
       for (int64_t i = 0; i < count; ++i) _mm512_store_si512(to + (w + i) * BLOCK + r, turned[i]);
+    }
+}
+
+// A block's columns of words, BLOCK / 2 in each, to rows of words.
+WITH_BF16 void transpose_words(const Pair* from, Pair* to) {
+  __m512i turned[LANES];
+  for (int64_t w = 0; w < BLOCK / 2; w += LANES)
+    for (int64_t r = 0; r < BLOCK; r += LANES) {
+      for (int64_t i = 0; i < LANES; ++i) turned[i] = _mm512_load_si512(from + (w + i) * BLOCK + r);
+      transpose(turned);
+      for (int64_t i = 0; i < LANES; ++i) _mm512_store_si512(to + (r + i) * (BLOCK / 2) + w, turned[i]);
     }
 }
 
@@ -112,10 +127,28 @@ struct Needed {
   int64_t column, columns, step, steps;
 };
 
+// What a strip's first and last rows need is what all of them do, in multiples of TILE.
+template <bool ADD, typename NeededBy>
+WITH_AMX void multiply_with_amx(Left left, const Pair* right, int64_t right_step, float* to, int64_t to_row,
+                                const NeededBy& needed) {
+  for (int64_t r = 0; r < BLOCK; r += TILES) {
+    const Needed first = needed(r), last = needed(r + TILES - ROWS);
+    const Left rows{left.data + r * left.row + first.step, left.row, 1};
+    for (int64_t c = first.column; c < last.columns; c += TILES) {
+      const Pair* from = right + first.step * right_step + c;
+      float* at = to + r * to_row + c;
+      const int64_t steps = last.steps - first.step;
+      if (c + TILES <= last.columns) multiply_tiles<ADD, true>(rows, from, right_step, steps, at, to_row);
+      else multiply_tiles<ADD, false>(rows, from, right_step, steps, at, to_row);
+    }
+  }
+}
+
 // to (BLOCK x columns) = or += left (BLOCK x 2 steps) right (2 steps x columns), of which `needed` says how much.
 template <bool ADD, typename NeededBy>
-WITH_BF16 void multiply(Left left, const Pair* right, int64_t right_step, float* to, int64_t to_row,
+WITH_BF16 void multiply(bool amx, Left left, const Pair* right, int64_t right_step, float* to, int64_t to_row,
                         const NeededBy& needed) {
+  if (amx) return multiply_with_amx<ADD>(left, right, right_step, to, to_row, needed);
   for (int64_t r = 0; r < BLOCK; r += ROWS) {
     const Needed of = needed(r);
     const Left rows{left.data + r * left.row + of.step * left.step, left.row, left.step};
@@ -177,7 +210,7 @@ struct Forward {
   WITH_BF16 void weigh(int64_t query, int64_t begin, int64_t first, int64_t keys_here, float scale) {
     const int64_t r = query % BLOCK, end = query + 1;
     const float* row = &scores[r * CHUNK];
-    const int64_t seen = std::min(keys_here, (end - first + LANES - 1) / LANES * LANES);
+    const int64_t grain = sizes.grain(), seen = std::min(keys_here, (end - first + grain - 1) / grain * grain);
     __m512 most = _mm512_set1_ps(-INFINITE);
     for (int64_t c = 0; c < seen; c += LANES)
       most = _mm512_mask_max_ps(most, lanes(first + c, begin, end), most, _mm512_load_ps(row + c));
@@ -216,17 +249,18 @@ struct Forward {
     const auto* query_words = reinterpret_cast<const Pair*>(queries.get());
     const auto* weight_words = reinterpret_cast<const Pair*>(weights.get());
     const int64_t seen = (block + 1) * BLOCK;
+    const bool amx = sizes.amx();
     for (int64_t first = sizes.first_block(text, block) * BLOCK; first < seen; first += CHUNK) {
       const int64_t keys_here = std::min(CHUNK, seen - first);
       // Of the rows from r on, for the last of which only keys up to its own place matter.
       const auto visible = [&](int64_t r) { return std::min(keys_here, first_query + r + ROWS - first); };
       for (int64_t c = 0; c < keys_here; c += BLOCK)
-        multiply<false>({query_words, words, 1}, &keys[(first + c) * words], BLOCK, &scores[c], CHUNK, [&](int64_t r) {
+        multiply<false>(amx, {query_words, words, 1}, &keys[(first + c) * words], BLOCK, &scores[c], CHUNK, [&](int64_t r) {
           return Needed{0, std::min(BLOCK, (visible(r) - c + LANES - 1) / LANES * LANES), 0, words};
         });
       for (int64_t r = 0; r < count; ++r)
         weigh(first_query + r, sizes.begin(text, first_query + r), first, keys_here, scale);
-      multiply<true>({weight_words, CHUNK / 2, 1}, &values[first * words], width, context.get(), width,
+      multiply<true>(amx, {weight_words, CHUNK / 2, 1}, &values[first * words], width, context.get(), width,
                      [&](int64_t r) { return Needed{0, width, 0, visible(r) / 2}; });
     }
     for (int64_t r = 0; r < count; ++r) {
@@ -242,7 +276,7 @@ struct Forward {
 struct Backward {
   const Sizes& sizes;
   Scratch<uint16_t> key_rows, value_rows, query_rows, upstream_rows, weights, slopes;
-  Scratch<Pair> key_pairs, query_columns, upstream_columns, query_pairs, upstream_pairs, slope_pairs;
+  Scratch<Pair> key_pairs, query_columns, upstream_columns, query_pairs, upstream_pairs, slope_pairs, slope_columns;
   Scratch<float> scores, products, by_query, by_key, by_value;
   alignas(64) float logs[BLOCK], means[BLOCK];
   alignas(64) int32_t begins[BLOCK];
@@ -255,8 +289,8 @@ struct Backward {
         slopes(scratch<uint16_t>(BLOCK * BLOCK)), key_pairs(scratch<Pair>(s.blocks() * BLOCK * s.words())),
         query_columns(scratch<Pair>(BLOCK * s.words())), upstream_columns(scratch<Pair>(BLOCK * s.words())),
         query_pairs(scratch<Pair>(BLOCK * s.words())), upstream_pairs(scratch<Pair>(BLOCK * s.words())),
-        slope_pairs(scratch<Pair>(BLOCK * BLOCK / 2)), scores(scratch<float>(BLOCK * BLOCK)),
-        products(scratch<float>(BLOCK * BLOCK)), by_query(scratch<float>(BLOCK * s.width)),
+        slope_pairs(scratch<Pair>(BLOCK * BLOCK / 2)), slope_columns(scratch<Pair>(BLOCK * BLOCK / 2)),
+        scores(scratch<float>(BLOCK * BLOCK)), products(scratch<float>(BLOCK * BLOCK)), by_query(scratch<float>(BLOCK * s.width)),
         by_key(scratch<float>(s.blocks() * BLOCK * s.width)), by_value(scratch<float>(s.blocks() * BLOCK * s.width)) {}
 
   void read(Rows k, Rows v) {
@@ -324,22 +358,27 @@ struct Backward {
     std::fill_n(by_query.get(), BLOCK * width, 0.0f);
     const auto* weight_words = reinterpret_cast<const Pair*>(weights.get());
     const auto* slope_words = reinterpret_cast<const Pair*>(slopes.get());
+    const bool amx = sizes.amx();
+    const int64_t grain = sizes.grain();
     for (int64_t other = sizes.first_block(text, block); other <= block; ++other) {
       const int64_t first_key = other * BLOCK;
       const auto* key_words = reinterpret_cast<const Pair*>(&key_rows[first_key * width]);
       const auto* value_words = reinterpret_cast<const Pair*>(&value_rows[first_key * width]);
       // Of the same block, a key matters to the queries from its own place on.
       const bool same = other == block;
-      const auto columns = [&](int64_t r) { return Needed{same ? r / LANES * LANES : 0, BLOCK, 0, words}; };
+      const auto columns = [&](int64_t r) { return Needed{same ? r / grain * grain : 0, BLOCK, 0, words}; };
       const auto later = [&](int64_t r) { return Needed{0, width, same ? r / 2 : 0, BLOCK / 2}; };
       const auto earlier = [&](int64_t r) { return Needed{0, width, 0, same ? (r + ROWS) / 2 : BLOCK / 2}; };
-      multiply<false>({key_words, words, 1}, query_columns.get(), BLOCK, scores.get(), BLOCK, columns);
-      multiply<false>({value_words, words, 1}, upstream_columns.get(), BLOCK, products.get(), BLOCK, columns);
+      multiply<false>(amx, {key_words, words, 1}, query_columns.get(), BLOCK, scores.get(), BLOCK, columns);
+      multiply<false>(amx, {value_words, words, 1}, upstream_columns.get(), BLOCK, products.get(), BLOCK, columns);
       for (int64_t r = 0; r < BLOCK; r += 2)
         for (int64_t c = columns(r).column; c < BLOCK; c += LANES) differentiate(first_key + r, first_query, c, scale);
-      multiply<true>({weight_words, BLOCK / 2, 1}, upstream_pairs.get(), width, &by_value[first_key * width], width, later);
-      multiply<true>({slope_words, BLOCK / 2, 1}, query_pairs.get(), width, &by_key[first_key * width], width, later);
-      multiply<true>({slope_pairs.get(), 1, BLOCK}, &key_pairs[first_key * words], width, by_query.get(), width, earlier);
+      const Left by_rows{weight_words, BLOCK / 2, 1}, slopes_by_rows{slope_words, BLOCK / 2, 1};
+      multiply<true>(amx, by_rows, upstream_pairs.get(), width, &by_value[first_key * width], width, later);
+      multiply<true>(amx, slopes_by_rows, query_pairs.get(), width, &by_key[first_key * width], width, later);
+      if (amx) transpose_words(slope_pairs.get(), slope_columns.get());
+      const Left slopes_by_columns = amx ? Left{slope_columns.get(), BLOCK / 2, 1} : Left{slope_pairs.get(), 1, BLOCK};
+      multiply<true>(amx, slopes_by_columns, &key_pairs[first_key * words], width, by_query.get(), width, earlier);
     }
     write(by_query.get(), count, root, to, to_row);
   }
@@ -376,6 +415,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   auto* to_logs = static_cast<float*>(logs.mutable_data_ptr());
   const Heads queries(q), keys(k), values(v);
   parallel_for(0, s.batch * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    const Amx tiles(s.amx());
     Forward work(s);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t text = i / s.kv_heads, kv = i % s.kv_heads;
@@ -405,6 +445,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& upstream, const Tensor
   const auto* contexts = numbers(result);
   const auto* kept = static_cast<const float*>(logs.const_data_ptr());
   parallel_for(0, s.batch * s.kv_heads, 1, [&](int64_t begin, int64_t end) {
+    const Amx tiles(s.amx());
     Backward work(s);
     const int64_t row = s.heads * s.width, kv_row = s.kv_heads * s.width;
     for (int64_t i = begin; i < end; ++i) {

@@ -1,7 +1,8 @@
 """`causal_attention` of a training step on a CPU with AVX512-BF16, in C++, forward and backward.
 
 Scores stay in the caches and their masked half is not computed; backward computes the rest again (Dao et al.
-2022, arXiv:2205.14135). PyTorch's ops write each block of scores to memory, several times over.
+2022, arXiv:2205.14135). PyTorch's ops write each block of scores to memory, several times over. Products
+are AMX's where the CPU has it and head_dim is a multiple of 32.
 """
 
 from __future__ import annotations
