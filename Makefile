@@ -28,7 +28,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On a machine with a GPU whose Python has torch, triton and lightning already: no environment of our own.
+# On a machine with a GPU whose Python has what pyproject.toml asks for (and test-gpu its dev extra, but for the linters):
+# no environment of our own.
 test-gpu:
 	PYTHONPATH=.:callbacks $(GPU_PYTHON) -m pytest -q -m gpu
 

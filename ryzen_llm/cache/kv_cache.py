@@ -66,6 +66,8 @@ class KVCache:
             )
             for format, window in zip(formats, config.layer_windows, strict=True)
         ]
+        self.sinks = max(layer.format.sinks for layer in self.layers)
+        self._ring = min((layer.ring for layer in self.layers if layer.ring), default=max_length)
         self._lengths = [0] * batch_size  # shared with the views that `row` gives
         self._rows = range(batch_size)
         self._reserved = 0  # tokens that there is room for
@@ -128,14 +130,13 @@ class KVCache:
         lengths = [length] * len(self._rows) if isinstance(length, int) else list(length)
         if len(lengths) != len(self._rows):
             raise InputError(f"cache: {len(lengths)} lengths to truncate to, expected {len(self._rows)}")
-        ring = min((layer.ring for layer in self.layers if layer.ring), default=self.max_length)
         for row, wanted in zip(self._rows, lengths, strict=True):
             if not 0 <= wanted <= self._lengths[row]:
                 raise InputError(
                     f"cache: cannot truncate to {wanted}, expected 0 to its length of {self._lengths[row]}"
                 )
             longest = self._longest[row]
-            if longest > ring and 0 < wanted < longest - RING_SLACK:
+            if longest > self._ring and 0 < wanted < longest - RING_SLACK:
                 raise InputError(
                     f"cache: cannot truncate from {longest} to {wanted}: layers with a sliding window keep "
                     f"{RING_SLACK} tokens to roll back; truncate to 0 and read the text again"

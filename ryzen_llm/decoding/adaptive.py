@@ -2,13 +2,13 @@
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
 from ryzen_llm.decoding.draft_tree import DraftTree
-from ryzen_llm.decoding.drafters import Draft
+from ryzen_llm.decoding.drafters import Draft, Drafter
 
 MEMORY = 64
 """How many of its latest tries a kind of guess is judged by, about."""
@@ -31,22 +31,35 @@ OWN_SMOOTHING = 0.05
 
 
 class AcceptanceRates:
-    """How often each kind of guess was right, given that all before it in its draft were."""
+    """How often each kind of guess, a drafter's name and a signal, was right where all before it were.
 
-    def __init__(self) -> None:
-        # Half a try each, right and wrong: what has not been tried is worth trying.
-        self._right: dict[Hashable, float] = defaultdict(lambda: 0.5)
-        self._tries: dict[Hashable, float] = defaultdict(lambda: 1.0)
+    Args:
+        drafters: Whose `likelihood` counts as one try of each of their kinds.
+    """
 
-    def __getitem__(self, kind: Hashable) -> float:
+    def __init__(self, drafters: Iterable[Drafter] = ()) -> None:
+        self._likelihoods = {drafter.name: drafter.likelihood for drafter in drafters}
+        self._known: dict[tuple[str, int], tuple[float, float]] = {}  # right, of tries
+
+    def __getitem__(self, kind: tuple[str, int]) -> float:
         """Between 0 and 1."""
-        return self._right[kind] / self._tries[kind]
+        right, tries = self._known.get(kind) or self._first(kind)
+        return right / tries
 
-    def learn(self, kind: Hashable, right: bool) -> None:
+    def learn(self, kind: tuple[str, int], right: bool) -> None:
         """Take in one try."""
-        kept = min(1.0, MEMORY / self._tries[kind])
-        self._right[kind] = self._right[kind] * kept + right
-        self._tries[kind] = self._tries[kind] * kept + 1
+        before, tries = self._known.get(kind) or self._first(kind)
+        kept = min(1.0, MEMORY / tries)
+        self._known[kind] = before * kept + right, tries * kept + 1
+
+    def _first(self, kind: tuple[str, int]) -> tuple[float, float]:
+        name, signal = kind
+        try:
+            likely = float(self._likelihoods[name](signal))
+        except Exception:  # whatever a drafter does costs speed only
+            likely = math.nan
+        # Else half a try each, right and wrong: what has not been tried is worth trying.
+        return (likely if 0 <= likely <= 1 else 0.5), 1.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +77,16 @@ class DraftControl:
     Args:
         widths: The widths that there are passes for.
         seconds: Of a pass of each width, measured; kept up to date by `passed`.
+        drafters: Whose drafts it will choose from.
     """
 
-    def __init__(self, widths: Sequence[int], seconds: Mapping[int, float]) -> None:
+    def __init__(
+        self, widths: Sequence[int], seconds: Mapping[int, float], drafters: Iterable[Drafter] = ()
+    ) -> None:
         self.widths = sorted(widths)
         self.seconds = dict(seconds)
         self._order()
-        self.rates = AcceptanceRates()
+        self.rates = AcceptanceRates(drafters)
         self._latest: dict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._costs: dict[str, dict[int, float]] = defaultdict(dict)
         self._gains: dict[tuple[str, int, int], float] = {}
@@ -138,7 +154,7 @@ class DraftControl:
         if not most or not self._costs[name]:
             return most
         self._since_asked[name] += 1
-        if self.cost(name, most) < CHEAP * self.seconds[self.widths[0]]:
+        if self.is_cheap(name):
             due = self._unread[name] < IDLE or self._since_asked[name] >= IDLE_INTERVAL
             return most if due else 0
         level = _level(plan, expected)
@@ -150,6 +166,11 @@ class DraftControl:
         most = max(pays, key=pays.__getitem__)
         due = self._since_asked[name] >= PROBE_INTERVAL
         return most if due or pays[most] > 1 else 0
+
+    def is_cheap(self, name: str) -> bool:
+        """Whether a drafter is asked whatever it may gain."""
+        most = self.widths[-1] - 1
+        return bool(self._costs[name]) and self.cost(name, most) < CHEAP * self.seconds[self.widths[0]]
 
     def gained(self, name: str, most: int, before: tuple[Plan, float], after: tuple[Plan, float]) -> None:
         """Take in what a drafter that was asked for `most` tokens made of a plan and what that expects."""

@@ -81,7 +81,12 @@ class Drafting:
         started = time.perf_counter()
         self._asked = [{} for _ in rows]
         best, expected = self.control.plan(self._asked, branching)
+        unplanned = False  # whether there are drafts that `best` does not know of
         for name in sorted(self._sessions, key=lambda name: self.control.cost(name, 1)):
+            cheap = self.control.is_cheap(name)
+            if unplanned and not cheap:  # whether it pays depends on what there is
+                best, expected = self.control.plan(self._asked, branching)
+                unplanned = False
             most = self.control.worth_asking(name, best, expected)
             if not most:
                 continue
@@ -92,9 +97,14 @@ class Drafting:
             self.control.proposed(name, most, time.perf_counter() - asked_at)
             for asked, draft in zip(self._asked, drafts, strict=True):
                 asked[name] = draft
+            if cheap:
+                unplanned = True
+                continue
             before = best, expected
             best, expected = self.control.plan(self._asked, branching)
             self.control.gained(name, most, before, (best, expected))
+        if unplanned:
+            best, _ = self.control.plan(self._asked, branching)
         self.control.settled(self._asked[0], best)
         self.statistics.drafting_seconds += time.perf_counter() - started
         return best

@@ -63,18 +63,19 @@ class FixedWidthPass:
         self._cache: KVCache | None = None
         self._compiled: set[torch.Size] = set()
         self._prepared: weakref.ref[Tensor] | None = None
+        self._branching: weakref.ref[KVCache] | None = None
 
     def reads_trees(self, cache: KVCache) -> bool:
         """Whether the next tokens may be a tree, of which each is read as if its text were all there is.
 
         The C++ attention does, of compiled passes on a CPU, from the second one on.
         """
-        return (
-            self.compile
-            and self.device.type == "cpu"
-            and all(layer.reads_trees for layer in cache.layers)
-            and min(cache.lengths) >= max(layer.format.sinks for layer in cache.layers)
-        )
+        if self._branching is None or self._branching() is not cache:  # asked at every step
+            on_cpu = self.compile and self.device.type == "cpu"
+            if not on_cpu or not all(layer.reads_trees for layer in cache.layers):
+                return False
+            self._branching = weakref.ref(cache)
+        return min(cache.lengths) >= cache.sinks
 
     def __call__(
         self, tokens: Tensor, cache: KVCache, parents: Sequence[Sequence[int]] | None = None

@@ -206,7 +206,7 @@ class SpeculativeDecoder:
             seconds = (
                 self.generator.fixed_width.measure(self.widths, cache) if choice else {self.widths[0]: 1.0}
             )
-            self._controls[batch_size] = DraftControl(self.widths, seconds)
+            self._controls[batch_size] = DraftControl(self.widths, seconds, self.drafters)
         return self._controls[batch_size]
 
     def _rngs(self, batch_size: int, seed: int | None) -> list[torch.Generator]:

@@ -37,9 +37,14 @@ def decode(queries: Tensor, segments: list[Segment], positions: Tensor, window: 
     return (contexts * weights).sum(2).view(*queries.shape[:3], -1).to(queries.dtype)
 
 
-def block_slots(head_dim: int) -> int:
-    """Slots that a program handles at once: so many that keys and values fit in registers."""
-    return 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+def block_slots(head_dim: int, dtype: torch.dtype) -> int:
+    """Slots that a program handles at once: so many that keys and values fit in registers.
+
+    Without tensor cores, which in full precision have no fp32, a product takes several times the registers:
+    four times the slots went to memory and back, and of long heads did not fit in an A100's shared memory.
+    """
+    slots = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    return max(slots // 4, 16) if dtype == torch.float32 else slots
 
 
 def _partial_contexts(
@@ -55,7 +60,7 @@ def _partial_contexts(
     """Context (batch, kv_heads, splits, rows, head_dim) and log-sum-exp (batch, kv_heads, splits, rows)."""
     batch, kv_heads, rows, width = q.shape
     slots, head_dim = keys.codes.shape[2], values.width
-    block = block_slots(head_dim)
+    block = block_slots(head_dim, q.dtype)
     processors = (
         torch.cuda.get_device_properties(q.device).multi_processor_count if q.device.type == "cuda" else 8
     )

@@ -129,6 +129,6 @@ def linear(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
             BITS=bits,
             ROWS=BLOCK_ROWS,
             BYTES=BLOCK_BYTES,
-            num_warps=4,
+            num_warps=8,  # with 4, tiles of 64 rows and bytes do not fit into the registers
         )
     return out

@@ -74,6 +74,10 @@ class Drafter(ABC):
     def forget(self) -> None:  # noqa: B027
         """Forget what earlier texts have taught, for measurements that repeat a text."""
 
+    def likelihood(self, signal: int) -> float:
+        """How likely a token with this signal is right, 0 to 1, as long as none has been tried."""
+        return 0.5
+
     @abstractmethod
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
         """A session for a text: the prompt and its first new token.

@@ -36,6 +36,10 @@ class DraftModelDrafter(Drafter):
         if generator.compile:
             _Session(generator, [0]).propose(2)
 
+    def likelihood(self, signal: int) -> float:
+        """See `Drafter.likelihood`: what the smaller model said it is."""
+        return (signal + 0.5) / CONFIDENCE_LEVELS
+
     def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
         """See `Drafter.begin`."""
         return _Session(self.generator, tokens)

@@ -169,6 +169,10 @@ class HeadsDrafter(Drafter):
         """See `Drafter.begin`."""
         return _Session(self, tokens[-1], hidden_state)
 
+    def likelihood(self, signal: int) -> float:
+        """See `Drafter.likelihood`: what the heads said it is."""
+        return float(2 ** (-(signal % CONFIDENCE_LEVELS + 0.5) / 2))
+
     def draft(self, hidden_state: Tensor, token: int, most: int) -> Draft:
         """At most `most` tokens in a row after `token`, which the model found after `hidden_state`.
 
@@ -252,11 +256,12 @@ class _Session(DraftSession):
     def __init__(self, drafter: HeadsDrafter, token: int, hidden_state: Tensor) -> None:
         self.drafter = drafter
         self.token = token
-        self.hidden_state = hidden_state
+        self.hidden_states, self.index = hidden_state[None], 0
 
     def propose(self, most: int) -> Draft:
-        return self.drafter.draft(self.hidden_state, self.token, most)
+        return self.drafter.draft(self.hidden_states[self.index], self.token, most)
 
     def update(self, step: Step) -> None:
         self.token = step.accepted[-1]
-        self.hidden_state = step.hidden_states[step.stood[-1]]
+        # Taken out when it is asked for: that takes a while, and not every step asks.
+        self.hidden_states, self.index = step.hidden_states, step.stood[-1]

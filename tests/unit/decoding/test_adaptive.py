@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ryzen_llm.decoding import Draft
+from ryzen_llm.decoding import Draft, Drafter, DraftSession
 from ryzen_llm.decoding.adaptive import (
     IDLE,
     IDLE_INTERVAL,
@@ -55,6 +57,30 @@ def test_the_plan_is_the_best_of_all(rate: float, length: int, times: tuple[floa
 @pytest.mark.parametrize(("rate", "width"), [(0.1, 1), (0.6, 4), (0.99, 8)])
 def test_drafts_are_longer_the_better_they_hold(rate: float, width: int) -> None:
     assert taught(rate).plan([{"a": draft(7)}])[0].width == width
+
+
+class Sure(Drafter):
+    """Knows how likely its guesses are: its signal in hundredths; fails at none."""
+
+    name = "a"
+
+    def likelihood(self, signal: int) -> float:
+        if not signal:
+            raise ZeroDivisionError
+        return signal / 100
+
+    def begin(self, tokens: Sequence[int], hidden_state: Tensor) -> DraftSession:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(("percent", "width"), [(10, 1), (60, 4), (99, 8)])
+def test_before_it_was_tried_a_guess_is_as_likely_as_its_drafter_says(percent: int, width: int) -> None:
+    control = DraftControl(list(SECONDS), SECONDS, [Sure()])
+    assert control.plan([{"a": draft(7, signal=percent)}])[0].width == width
+    control.rates.learn(("a", percent), True)
+    assert control.rates["a", percent] == pytest.approx((percent / 100 + 1) / 2)
+    for nonsense in (0, -5, 250):  # which may cost speed, and nothing else
+        assert control.rates["a", nonsense] == 0.5
 
 
 def test_the_draft_that_promises_more_is_taken() -> None:

@@ -164,7 +164,12 @@ def test_a_draft_model_goes_on_where_the_text_is_what_it_has_read() -> None:
     shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 32}
     config = ModelConfig(vocab_size=50, max_position_embeddings=64, **shape)
     generator = Generator(Transformer(config), weights="fp32")
-    session = DraftModelDrafter(generator, 50).begin([1, 2, 3], HIDDEN)
-    tokens = list(session.propose(4).tokens)
+    drafter = DraftModelDrafter(generator, 50)
+    session = drafter.begin([1, 2, 3], HIDDEN)
+    draft = session.propose(4)
+    tokens = list(draft.tokens)
+    with torch.no_grad():
+        likeliest = generator.model(torch.tensor([[1, 2, 3]]))[0, -1].softmax(-1).max()
+    assert drafter.likelihood(draft.signals[0]) == pytest.approx(float(likeliest), abs=1 / 16)
     session.update(step([], [], tokens[:1]))
     assert list(session.propose(3).tokens) == tokens[1:]

@@ -93,6 +93,9 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
     for text, signal in draft.items():
         likely = expected[text] / expected.get(text[:-1], 1.0)
         assert signal == 12 * (len(text) - 1) + min(int(-2 * math.log2(likely)), 11)
+        # Until one has been tried: within the rounding of a signal, half a bit.
+        assert likely >= 2**-5.5
+        assert abs(math.log2(drafter.likelihood(signal) / likely)) <= 0.25 + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,65 @@ def test_the_kernel_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-KINDS = {"dense": (0, "bf16", False, False), "int8": (0, "i8", True, False), "int4": (1, "u8", True, True)}
+CONTEXT, LOGSUMEXP = (
+    triton_kernel.attend_split.arg_names.index(f"{n}_ptr") for n in ("context", "logsumexp")
+)
+
+
+class Ones:
+    """In the kernel's place: contexts of 1."""
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        return self.start
+
+    def start(self, *arguments: Any, **constants: Any) -> None:
+        # Inductor would give a float as fp64, and the kernel's sums would not stay fp32.
+        assert not any(isinstance(argument, float) for argument in arguments)
+        arguments[CONTEXT].fill_(1)
+        arguments[LOGSUMEXP].fill_(0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_decoding_step_on_a_gpu_can_be_one_graph(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Generator` compiles it there: nothing around the kernel ends the graph."""
+    monkeypatch.setattr(triton_kernel, "attend_split", Ones())
+    a = case("int4", "int4", time=2)
+    decode: Callable[..., torch.Tensor] = triton_kernel.decode
+    if compiled:
+        decode = torch.compile(decode, fullgraph=True, backend="eager")
+    got = decode(a["queries"], [(a["keys"], a["values"], 0, 0)], a["positions"], 0)
+    assert torch.equal(got, torch.ones_like(a["queries"]))
+
+
+KINDS = {"dense": (0, "", False, False), "int8": (0, "i8", True, False), "int4": (1, "u8", True, True)}
 KINDS["fp8"] = (2, "u8", True, False)
 KINDS["int4, fine"] = KINDS["int4"]
+
+
+def fits_a_gpu(keys: str, values: str, capability: int, head_dim: int, rows: int, dtype: torch.dtype) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    constants: dict[str, Any] = {
+        "KEY_DIM": head_dim + (head_dim // 8 if keys == "int4, fine" else 0),
+        "HEAD_DIM": head_dim,
+        "ROWS": rows,
+        "BLOCK": triton_kernel.block_slots(head_dim, dtype),
+    }
+    types = dict.fromkeys(triton_kernel.attend_split.arg_names, "i32")
+    name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    types |= {"q_ptr": f"*{name}", "positions_ptr": "*i64"}
+    types |= {"context_ptr": "*fp32", "logsumexp_ptr": "*fp32"}
+    for prefix, (kind, codes, scale, minimum) in (("k", KINDS[keys]), ("v", KINDS[values])):
+        upper = prefix.upper()
+        constants |= {f"{upper}_KIND": kind, f"{upper}_SCALE": scale, f"{upper}_MINIMUM": minimum}
+        types |= {f"{prefix}_ptr": f"*{codes or name}"}
+        types |= {f"{prefix}_{part}_ptr": "*fp16" for part in ("scale", "minimum")}
+    types |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=triton_kernel.attend_split, signature=types, constexprs=constants)
+    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= 160 * 1024, "more shared memory than an A100 has for a block"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -129,25 +186,10 @@ def test_every_configuration_compiles_without_a_gpu(
     keys: str, values: str, capability: int, head_dim: int, rows: int
 ) -> None:
     """Types and shared memory, which the interpreter does not check."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    fits_a_gpu(keys, values, capability, head_dim, rows, torch.bfloat16)
 
-    constants: dict[str, Any] = {
-        "KEY_DIM": head_dim + (head_dim // 8 if keys == "int4, fine" else 0),
-        "HEAD_DIM": head_dim,
-        "ROWS": rows,
-        "BLOCK": triton_kernel.block_slots(head_dim),
-    }
-    types = dict.fromkeys(triton_kernel.attend_split.arg_names, "i32")
-    types |= {"q_ptr": "*bf16", "positions_ptr": "*i64"}
-    types |= {"context_ptr": "*fp32", "logsumexp_ptr": "*fp32"}
-    for prefix, (kind, codes, scale, minimum) in (("k", KINDS[keys]), ("v", KINDS[values])):
-        upper = prefix.upper()
-        constants |= {f"{upper}_KIND": kind, f"{upper}_SCALE": scale, f"{upper}_MINIMUM": minimum}
-        types |= {f"{prefix}_ptr": f"*{codes}"}
-        types |= {f"{prefix}_{part}_ptr": "*fp16" for part in ("scale", "minimum")}
-    types |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=triton_kernel.attend_split, signature=types, constexprs=constants)
-    built = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-    assert built.asm["cubin"]
-    assert built.metadata.shared <= 160 * 1024, "more shared memory than an A100 has for a block"
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", ["dense", "fp8"])
+def test_full_precision_fits_a_gpu(keys: str, head_dim: int) -> None:
+    fits_a_gpu(keys, keys, 80, head_dim, 64, torch.float32)

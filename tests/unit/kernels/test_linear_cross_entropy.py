@@ -280,15 +280,15 @@ def test_the_triton_kernel_on_a_gpu() -> None:
     run_interpreted({})
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_as_on_a_cpu() -> None:
-    """The whole op, chunks and all, in bf16 products."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_in_bf16_products_the_gradients_are_near_those_in_fp64(device: str) -> None:
+    """The whole op. Logits have a deviation of 1: of 8, as unscaled weights make them, bf16 loses 1%."""
     x, weight, targets = inputs(700, 64, 1000)
-    exact_leaves = [x.requires_grad_(), weight.requires_grad_()]
+    exact_leaves = [x.requires_grad_(), (weight / 8).requires_grad_()]
     exact = torch.autograd.grad(formula(*exact_leaves, targets), exact_leaves)
-    leaves = [t.detach().float().cuda().requires_grad_() for t in exact_leaves]
-    with torch.autocast("cuda", torch.bfloat16):
-        loss, _ = linear_cross_entropy(*leaves, targets.cuda())
+    leaves = [t.detach().float().to(device).requires_grad_() for t in exact_leaves]
+    with torch.autocast(device, torch.bfloat16):
+        loss, _ = linear_cross_entropy(*leaves, targets.to(device))
     for ours, expected in zip(torch.autograd.grad(loss, leaves), exact, strict=True):
         assert (ours.cpu() - expected).norm() < 2**-7 * expected.norm()
 
