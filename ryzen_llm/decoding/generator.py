@@ -25,6 +25,13 @@ from ryzen_llm.model import Transformer
 WEIGHTS = ("bf16", "fp32", *KINDS)
 STOP_CHECK_INTERVAL = 16
 """Tokens between two looks at whether all rows have stopped, where a look makes the host wait for a GPU."""
+SLOTS = 256
+"""On a GPU a compiled decoder's cache has room for a multiple of so many tokens."""
+
+
+def room_for(max_length: int, device: torch.device) -> int:
+    """Tokens that a compiled decoder's cache is built for: a GPU compiles anew for each number of them."""
+    return -(-max_length // SLOTS) * SLOTS if device.type == "cuda" else max_length
 
 
 class Generator:
@@ -178,12 +185,12 @@ class Generator:
         )
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache of the kind asked for."""
+        """An empty cache of the kind asked for, for `max_length` tokens of each text or some more."""
         return build_cache(
             self.cache,
             self.model.config,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=room_for(max_length, self.device) if self.compile else max_length,
             dtype=self.dtype,
             device=self.device,
         )

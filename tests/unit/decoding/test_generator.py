@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ryzen_llm.decoding import Generator, Sampling
+from ryzen_llm.decoding.generator import room_for
 from ryzen_llm.errors import InputError
 from ryzen_llm.kernels import CpuFeatures
 from ryzen_llm.model import ModelConfig, Transformer
@@ -89,6 +90,15 @@ def test_seeds_repeat_and_no_seed_differs(generator: Generator, prompts: torch.T
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
     assert not torch.equal(draw(None), draw(None))
+
+
+def test_texts_of_any_length_share_a_few_graphs_on_a_gpu() -> None:
+    """Each size of a cache is compiled there; on a CPU one graph is for all of them."""
+    lengths = range(1, 2049)
+    rooms = [room_for(length, torch.device("cuda")) for length in lengths]
+    assert all(0 <= room - length < 256 for room, length in zip(rooms, lengths, strict=True))
+    assert len(set(rooms)) == 8
+    assert [room_for(length, torch.device("cpu")) for length in lengths] == list(lengths)
 
 
 def test_one_dimension_is_a_batch_of_one(generator: Generator, prompts: torch.Tensor) -> None:
