@@ -6,6 +6,7 @@
 #include "products_avx512.h"
 
 #if defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -16,7 +17,12 @@ constexpr int64_t TILE = 16, TILES = 2 * TILE;  // rows of a tile, which has 64 
 // Whether this CPU has the unit and Linux lets this process use it, for which a process has to ask.
 inline bool may_use_amx() {
   constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool may = __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+  static const bool may = [] {
+    unsigned eax, ebx, ecx, edx = 0;
+    constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;  // not every compiler knows their names
+    const bool known = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+    return known && edx & AMX_BF16 && edx & AMX_TILE && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+  }();
   return may;
 }
 
