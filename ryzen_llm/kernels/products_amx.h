@@ -5,14 +5,14 @@
 
 #include "products_avx512.h"
 
+constexpr int64_t TILE = 16, TILES = 2 * TILE;  // rows of a tile, which has 64 bytes in each; and of two
+
 #if defined(__linux__) && __has_include(<amxbf16intrin.h>)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #define WITH_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")))
-
-constexpr int64_t TILE = 16, TILES = 2 * TILE;  // rows of a tile, which has 64 bytes in each; and of two
 
 // Whether this CPU has the unit and Linux lets this process use it, for which a process has to ask.
 inline bool may_use_amx() {
@@ -90,8 +90,6 @@ WITH_AMX inline void multiply_tiles(Left left, const Pair* right, int64_t right_
 }
 #else
 #define WITH_AMX
-
-constexpr int64_t TILE = 16, TILES = 2 * TILE;
 
 inline bool may_use_amx() { return false; }
 struct Amx {
