@@ -152,6 +152,8 @@ class KVCache:
         They are numbered from 0 and ascending. What another token stands for is moved, what comes after is
         forgotten. Raises InputError as `truncate` does, and for tokens of a ring buffer that would be moved.
         """
+        if all(len(indices) == self._appended for indices in kept):  # all of them
+            return
         lengths = self.lengths
         for row, (length, indices) in enumerate(zip(lengths, kept, strict=True)):
             first = length - self._appended

@@ -4,11 +4,12 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 
 from ryzen_llm.decoding.draft_tree import DraftTree
 from ryzen_llm.decoding.drafters import Draft, Drafter
+from ryzen_llm.decoding.pass_times import FARTHEST, PassTimes
+from ryzen_llm.decoding.pauses import Pauses
 
 MEMORY = 64
 """How many of its latest tries a kind of guess is judged by, about."""
@@ -20,14 +21,13 @@ IDLE = 64
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
 WORTHWHILE = 1.02
-"""How many times the tokens a second of the narrowest pass a wider one has to promise: times are no better
-known, and what comes with a draft is in none of them."""
-SMOOTHING = 0.1
-"""How far the times of all widths follow one pass: the machine may have become slower, or the text longer."""
+"""How many times the tokens a second of the narrowest pass a wider one has to promise: what is known is no
+better known than that."""
 GAIN_SMOOTHING = 0.1
 """How far what a drafter is known to gain follows one draft of it."""
-OWN_SMOOTHING = 0.05
-"""How far the time of the pass's own width follows it beyond that."""
+FIRST_KEPT = 1.0
+"""Tokens a pass by which what plans expect is first taken for right."""
+LEAST_KEPT = 0.05
 
 
 class AcceptanceRates:
@@ -64,51 +64,61 @@ class AcceptanceRates:
 
 @dataclass(frozen=True)
 class Plan:
-    """The width of the next pass and, for each text, the draft that fits it best and whose each token is."""
+    """What the next pass reads.
+
+    Attributes:
+        width: Of the pass.
+        drafts: For each text the draft that fits it best.
+        names: Whose each token of it is.
+        expected: The tokens that it should give, all texts together.
+    """
 
     width: int
     drafts: Sequence[Draft]
     names: Sequence[Sequence[str]]
+    expected: float
 
 
 class DraftControl:
     """Chooses drafts and width by expected tokens over measured seconds.
 
     Args:
-        widths: The widths that there are passes for.
-        seconds: Of a pass of each width, measured; kept up to date by `passed`.
+        seconds: Of a pass of each width that there is, measured.
         drafters: Whose drafts it will choose from.
     """
 
-    def __init__(
-        self, widths: Sequence[int], seconds: Mapping[int, float], drafters: Iterable[Drafter] = ()
-    ) -> None:
-        self.widths = sorted(widths)
-        self.seconds = dict(seconds)
-        self._order()
+    def __init__(self, seconds: Mapping[int, float], drafters: Iterable[Drafter] = ()) -> None:
+        self.times = PassTimes(seconds)
+        self.widths = self.times.widths
         self.rates = AcceptanceRates(drafters)
+        self._given, self._promised = FIRST_KEPT, FIRST_KEPT
+        self.pauses = Pauses(self.times)
         self._latest: dict[tuple[str, int], deque[float]] = defaultdict(lambda: deque(maxlen=5))
         self._costs: dict[str, dict[int, float]] = defaultdict(dict)
         self._gains: dict[tuple[str, int, int], float] = {}
         self._since_asked: dict[str, int] = defaultdict(int)
         self._unread: dict[str, int] = defaultdict(int)
 
-    def passed(self, width: int, seconds: float) -> None:
-        """Take in how long a pass took, between half and twice the usual: interruptions are no measure.
+    def passed(self, plan: Plan, tokens: int, drafting: float, seconds: float) -> None:
+        """Take in the tokens that a step gave, and the seconds that it took to draft and then.
 
-        What slows one pass would have slowed one of another width: it moves the times of all, or a burst of
-        other work would leave the width that it met behind the others.
+        Of these no more than usual count, or a little: interruptions are no measure.
         """
-        ratio = min(max(seconds / self.seconds[width], 0.5), 2.0)
-        for each in self.widths:
-            self.seconds[each] *= ratio**SMOOTHING
-        self.seconds[width] *= ratio**OWN_SMOOTHING
-        self._order()
+        texts = len(plan.drafts)
+        self.times.passed(plan.width, seconds)
+        usual = self.times[plan.width] * math.exp(FARTHEST)
+        self.pauses.passed(tokens / texts, drafting + min(seconds, usual))
+        if plan.width > self.widths[0]:
+            promised = (plan.expected - texts) / texts / self._kept
+            self._given += (tokens / texts - 1 - self._given) / MEMORY
+            self._promised += (promised - self._promised) / MEMORY
+        else:  # little by little what was found of other texts is forgotten
+            self._given += (self._promised - self._given) / (8 * MEMORY)
 
-    def _order(self) -> None:
-        """A pass over more tokens takes no less: one that seemed quicker was timed in a quieter moment."""
-        for narrower, wider in pairwise(self.widths):
-            self.seconds[wider] = max(self.seconds[wider], self.seconds[narrower])
+    @property
+    def _kept(self) -> float:
+        """What came of the tokens that plans expected: the best of many guesses is often a lucky one."""
+        return max(self._given / self._promised, LEAST_KEPT)
 
     def proposed(self, name: str, most: int, seconds: float) -> None:
         """Take in how long a drafter took when it was asked for `most` tokens of every text."""
@@ -148,7 +158,7 @@ class DraftControl:
                 break
             last = right
 
-    def worth_asking(self, name: str, plan: Plan, expected: float) -> int:
+    def worth_asking(self, name: str, plan: Plan) -> int:
         """How many tokens in a row to ask a drafter for beside a plan: 0 if that does not pay."""
         most = self.widths[-1] - 1
         if not most or not self._costs[name]:
@@ -157,10 +167,10 @@ class DraftControl:
         if self.is_cheap(name):
             due = self._unread[name] < IDLE or self._since_asked[name] >= IDLE_INTERVAL
             return most if due else 0
-        level = _level(plan, expected)
+        level = _level(plan)
         pays = {
             most: self._gains.get((name, most, level), math.inf)
-            / (1 + self.cost(name, most) / self.seconds[plan.width])
+            / (1 + self.cost(name, most) / self.times[plan.width])
             for most in (width - 1 for width in reversed(self.widths) if width > 1)
         }
         most = max(pays, key=pays.__getitem__)
@@ -170,38 +180,42 @@ class DraftControl:
     def is_cheap(self, name: str) -> bool:
         """Whether a drafter is asked whatever it may gain."""
         most = self.widths[-1] - 1
-        return bool(self._costs[name]) and self.cost(name, most) < CHEAP * self.seconds[self.widths[0]]
+        return bool(self._costs[name]) and self.cost(name, most) < CHEAP * self.times[self.widths[0]]
 
-    def gained(self, name: str, most: int, before: tuple[Plan, float], after: tuple[Plan, float]) -> None:
-        """Take in what a drafter that was asked for `most` tokens made of a plan and what that expects."""
-        (worse, fewer), (better, more) = before, after
-        gain = more / self.seconds[better.width] * self.seconds[worse.width] / fewer
-        kind = name, most, _level(*before)
-        known = self._gains.get(kind, gain)
-        self._gains[kind] = known + GAIN_SMOOTHING * (gain - known)
+    def gained(self, name: str, most: int, before: Plan, after: Plan) -> None:
+        """Take in what a drafter that was asked for `most` tokens made of a plan."""
+        worse, better = (plan.expected / self.times[plan.width] for plan in (before, after))
+        kind = name, most, _level(before)
+        known = self._gains.get(kind, better / worse)
+        self._gains[kind] = known + GAIN_SMOOTHING * (better / worse - known)
 
-    def plan(self, candidates: Sequence[Mapping[str, Draft]], branching: bool = False) -> tuple[Plan, float]:
-        """The best plan for the drafts by name that there are for each text, and the tokens it expects.
+    def plan(self, candidates: Sequence[Mapping[str, Draft]], branching: bool = False) -> Plan:
+        """The best plan for the drafts by name that there are for each text.
 
         `branching` says whether a pass can read a tree of tokens.
         """
         texts = len(candidates)
+        narrowest = self.widths[0]
         if not any(draft.tokens for drafts in candidates for draft in drafts.values()):  # yet
-            return Plan(self.widths[0], [Draft()] * texts, [()] * texts), float(texts)
+            return Plan(narrowest, [Draft()] * texts, [()] * texts, float(texts))
         most = self.widths[-1] - 1
         trees = [
             DraftTree(drafts, lambda *kind: self.rates[kind], branching=branching, most=most)
             for drafts in candidates
         ]
-        expected = {width: sum(tree.gains[width - 1] for tree in trees) for width in self.widths}
-        rates = {width: expected[width] / self.seconds[width] for width in self.widths}
+        kept = self._kept
+        expected = {
+            width: texts + kept * sum(tree.gains[width - 1] - 1 for tree in trees) for width in self.widths
+        }
+        rates = {width: expected[width] / self.times[width] for width in self.widths}
         width = max(self.widths, key=rates.__getitem__)
-        if rates[width] < WORTHWHILE * rates[self.widths[0]]:
-            width = self.widths[0]
+        whole = expected[width] / (self.times[width] + self.times.entering)
+        if width > narrowest and whole < WORTHWHILE * rates[narrowest]:
+            width = narrowest
         drafts, names = zip(*(tree.first(width - 1) for tree in trees), strict=True)
-        return Plan(width, drafts, names), expected[width]
+        return Plan(width, drafts, names, expected[width])
 
 
-def _level(plan: Plan, expected: float) -> int:
+def _level(plan: Plan) -> int:
     """How good a plan is without another drafter: half tokens that it expects of a text, up to 8."""
-    return min(int(2 * expected / len(plan.drafts)), 16)
+    return min(int(2 * plan.expected / len(plan.drafts)), 16)

@@ -68,6 +68,9 @@ class Drafting:
         self.statistics = SpeculationStatistics()
         self._sessions: dict[str, list[DraftSession]] = {}
         self._asked: list[dict[str, Draft]] = []
+        self._missed: list[tuple[Sequence[int], Sequence[Step]]] = []  # of a pause
+        self._started = self._planned = 0.0
+        control.pauses.begin_text()
         for drafter in drafters:
             self._sessions[drafter.name] = []  # there to be dropped
             begin = functools.partial(self._begin, drafter, texts, hidden_states)
@@ -78,16 +81,24 @@ class Drafting:
 
         `branching` says whether the pass can read a tree of tokens.
         """
-        started = time.perf_counter()
+        self._started = time.perf_counter()
         self._asked = [{} for _ in rows]
-        best, expected = self.control.plan(self._asked, branching)
+        best = self.control.plan(self._asked, branching)
+        if not self.control.pauses.active:
+            self.catch_up()
+            best = self._plan(best, rows, room, branching)
+        self._planned = time.perf_counter()
+        self.statistics.drafting_seconds += self._planned - self._started
+        return best
+
+    def _plan(self, best: Plan, rows: Sequence[int], room: Sequence[int], branching: bool) -> Plan:
         unplanned = False  # whether there are drafts that `best` does not know of
         for name in sorted(self._sessions, key=lambda name: self.control.cost(name, 1)):
             cheap = self.control.is_cheap(name)
             if unplanned and not cheap:  # whether it pays depends on what there is
-                best, expected = self.control.plan(self._asked, branching)
+                best = self.control.plan(self._asked, branching)
                 unplanned = False
-            most = self.control.worth_asking(name, best, expected)
+            most = self.control.worth_asking(name, best)
             if not most:
                 continue
             asked_at = time.perf_counter()
@@ -100,13 +111,11 @@ class Drafting:
             if cheap:
                 unplanned = True
                 continue
-            before = best, expected
-            best, expected = self.control.plan(self._asked, branching)
-            self.control.gained(name, most, before, (best, expected))
+            before, best = best, self.control.plan(self._asked, branching)
+            self.control.gained(name, most, before, best)
         if unplanned:
-            best, _ = self.control.plan(self._asked, branching)
+            best = self.control.plan(self._asked, branching)
         self.control.settled(self._asked[0], best)
-        self.statistics.drafting_seconds += time.perf_counter() - started
         return best
 
     def learn(self, rows: Sequence[int], plan: Plan, steps: Sequence[Step]) -> None:
@@ -122,9 +131,21 @@ class Drafting:
                 statistics.accepted[name] = statistics.accepted.get(name, 0) + (index in step.stood)
             for each, drafted in asked.items():
                 self.control.learn(each, drafted, step.accepted)
+        self._missed.append((rows, steps))
+        if not self.control.pauses.active:
+            self.catch_up()
+        ended = time.perf_counter()
+        statistics.drafting_seconds += ended - started
+        tokens = sum(len(step.accepted) for step in steps)
+        self.control.passed(plan, tokens, self._planned - self._started, ended - self._planned)
+
+    def catch_up(self) -> None:
+        """Show the drafters the steps that they have not seen, of a pause."""
         for name in list(self._sessions):
-            self._guarded(name, functools.partial(self._update, name, rows, steps))
-        statistics.drafting_seconds += time.perf_counter() - started
+            for rows, steps in self._missed:
+                if name in self._sessions:
+                    self._guarded(name, functools.partial(self._update, name, rows, steps))
+        self._missed.clear()
 
     def _begin(self, drafter: Drafter, texts: Sequence[Sequence[int]], hidden_states: Tensor) -> None:
         self._sessions[drafter.name] = [

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import itertools
 import statistics
 import time
 import weakref
@@ -18,8 +19,8 @@ from ryzen_llm.model import Transformer
 
 WIDEST = 32
 """Tokens of each text that a compiled pass can read: C++ attention knows by bits what each follows."""
-ROUNDS = 7
-"""How often each width is timed."""
+ROUNDS = 5
+"""How often each width is timed, two passes of several in a row."""
 
 
 class Outcome(NamedTuple):
@@ -120,12 +121,17 @@ class FixedWidthPass:
             return self._run(tokens, positions, cache.layers, ropes)
 
     def measure(self, widths: Sequence[int], cache: KVCache) -> dict[int, float]:
-        """Seconds of a pass of each width, the median of `ROUNDS` in turn; adds nothing to `cache`."""
+        """Seconds of a pass of each width among its like, the median; adds nothing to `cache`."""
         for width in widths:
             for _ in range(2):  # compiles
                 self._seconds(width, cache)
-        rounds = [[self._seconds(width, cache) for width in widths] for _ in range(ROUNDS)]
-        return dict(zip(widths, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+        rounds = [
+            [[self._seconds(width, cache) for _ in range(4)][2:] for width in widths] for _ in range(ROUNDS)
+        ]
+        return {
+            width: statistics.median(itertools.chain(*passes))
+            for width, passes in zip(widths, zip(*rounds, strict=True), strict=True)
+        }
 
     def _seconds(self, width: int, cache: KVCache) -> float:
         lengths = cache.lengths

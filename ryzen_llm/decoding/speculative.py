@@ -127,6 +127,7 @@ class SpeculativeDecoder:
         while not all(text.ended for text in texts):
             self._step(texts, drafting, cache, sampling, stops, max_new_tokens)
             stream.send()
+        drafting.catch_up()
         seconds = time.perf_counter() - first_token_at
         longest = max(len(text.new) for text in texts)
         new_ids = torch.tensor(
@@ -166,11 +167,9 @@ class SpeculativeDecoder:
             follows = [-1, *(parent + 1 for parent in draft.follows)]
             parents.append([*follows, *range(len(known) - 1, plan.width - 1)])  # filler after the last
         tokens = torch.tensor(inputs, device=self.generator.device)
-        started = time.perf_counter()
         outcome = fixed_width(tokens, cache, parents if branching else None)
         require_finite(outcome.finite, self.generator.dtype)
         predictions: list[list[int]] = outcome.likeliest.tolist()
-        drafting.control.passed(plan.width, time.perf_counter() - started)
 
         def draw(row: int, i: int) -> int:
             if sampling.temperature == 0:
@@ -206,7 +205,7 @@ class SpeculativeDecoder:
             seconds = (
                 self.generator.fixed_width.measure(self.widths, cache) if choice else {self.widths[0]: 1.0}
             )
-            self._controls[batch_size] = DraftControl(self.widths, seconds, self.drafters)
+            self._controls[batch_size] = DraftControl(seconds, self.drafters)
         return self._controls[batch_size]
 
     def _rngs(self, batch_size: int, seed: int | None) -> list[torch.Generator]:

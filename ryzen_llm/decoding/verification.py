@@ -21,6 +21,8 @@ def verify(
 
     A token of `stops` is the last one, and there are `most` at most.
     """
+    if not draft.tokens:
+        return [draw(0)], [0]
     following = {
         (parent, token): index
         for index, (parent, token) in enumerate(zip(draft.follows, draft.tokens, strict=True))
