@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #include <torch/library.h>
 
+#include <utility>
 #include <vector>
 
 #define WITH_AVX2 __attribute__((target("avx2,fma")))
@@ -51,7 +52,7 @@ struct Avx512Vnni {
     const __m512i pairs = _mm512_loadu_si512(x);
     const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF0000)));
-    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(even), _mm512_abs_ps(odd)));
+    const float largest = largest_magnitude(pairs);
     const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127 / largest : 0);
     const __m128i firsts = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(even, inverse)));
     const __m128i seconds = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(odd, inverse)));
@@ -60,26 +61,37 @@ struct Avx512Vnni {
       codes = _mm256_shuffle_epi8(codes, _mm256_set_epi8(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0, 15, 11, 14,
                                                          10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0));
     _mm256_storeu_si256((__m256i*)to->codes, codes);
-    const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), _mm512_zextsi256_si512(codes));
-    const int32_t sum = _mm512_reduce_add_epi32(sums);
-    to->scale = largest / 127 + 0 * _mm512_reduce_add_ps(_mm512_add_ps(even, odd));  // what is no number stays none
+    const __m256i above = _mm256_sad_epu8(_mm256_xor_si256(codes, _mm256_set1_epi8(-128)), _mm256_setzero_si256());
+    const __m128i halves = _mm_add_epi64(_mm256_castsi256_si128(above), _mm256_extracti128_si256(above, 1));
+    const int32_t sum = _mm_cvtsi128_si32(halves) + _mm_extract_epi32(halves, 2) - 128 * GROUP;
+    to->scale = largest / 127;
     to->sum = to->scale * sum;  // of the rounded inputs: codes are all positive, and would double the error of another
     to->offset = -128 * sum;
+  }
+
+  // Of bf16 numbers without their signs, which are ordered as integers are: that of no number is above all.
+  WITH_AVX512 static float largest_magnitude(__m512i numbers) {
+    const __m512i bits = _mm512_and_si512(numbers, _mm512_set1_epi16(0x7FFF));
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(bits), _mm512_extracti64x4_epi64(bits, 1));
+    const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const int smallest = _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1))));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((~smallest & 0xFFFF) << 16)));
   }
 
   template <int BITS, int ROWS>
   WITH_AVX512 static void multiply(const uint8_t* weight, const Prepared* x, Number* y, int64_t groups,
                                    int64_t outputs) {
     using Weights = Layout<BITS>;
+    constexpr int CHAINS = ROWS == MOST_ROWS ? 1 : 2;  // of sums, to wait less for each other; many rows do not
     const __m512i low = _mm512_set1_epi8(15);
     __m512 total[ROWS];
     for (int r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g, weight += Weights::BLOCK) {
       ask_for_later<Weights::BLOCK>(weight);
-      __m512i even[ROWS], odd[ROWS];
+      __m512i sums[CHAINS][ROWS];
       for (int r = 0; r < ROWS; ++r) {
-        even[r] = BITS == 4 ? _mm512_setzero_si512() : _mm512_set1_epi32(x[r * groups + g].offset);
-        odd[r] = _mm512_setzero_si512();
+        sums[0][r] = BITS == 4 ? _mm512_setzero_si512() : _mm512_set1_epi32(x[g * ROWS + r].offset);
+        if (CHAINS == 2) sums[1][r] = _mm512_setzero_si512();
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -89,9 +101,9 @@ struct Avx512Vnni {
         const __m512i second = BITS == 4 ? _mm512_and_si512(_mm512_srli_epi16(codes, 4), low) : _mm512_loadu_si512(part + 64);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-          const uint32_t* const inputs = x[r * groups + g].codes + 2 * i;
-          even[r] = _mm512_dpbusd_epi32(even[r], first, _mm512_set1_epi32(inputs[0]));
-          odd[r] = _mm512_dpbusd_epi32(odd[r], second, _mm512_set1_epi32(inputs[1]));
+          const uint32_t* const inputs = x[g * ROWS + r].codes + 2 * i;
+          sums[0][r] = _mm512_dpbusd_epi32(sums[0][r], first, _mm512_set1_epi32(inputs[0]));
+          sums[CHAINS - 1][r] = _mm512_dpbusd_epi32(sums[CHAINS - 1][r], second, _mm512_set1_epi32(inputs[1]));
         }
       }
       const __m512i factors = BITS == 4 ? _mm512_loadu_si512(weight + Weights::CODES) : _mm512_setzero_si512();
@@ -99,8 +111,9 @@ struct Avx512Vnni {
       const __m512 minimum = _mm512_castsi512_ps(_mm512_and_si512(factors, _mm512_set1_epi32(0xFFFF0000)));
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const Prepared& group = x[r * groups + g];
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(even[r], odd[r])), step = _mm512_set1_ps(group.scale);
+        const Prepared& group = x[g * ROWS + r];
+        const __m512i exact = CHAINS == 2 ? _mm512_add_epi32(sums[0][r], sums[1][r]) : sums[0][r];
+        const __m512 sum = _mm512_cvtepi32_ps(exact), step = _mm512_set1_ps(group.scale);
         total[r] = _mm512_fmadd_ps(BITS == 4 ? _mm512_mul_ps(scale, step) : step, sum, total[r]);
         if (BITS == 4) total[r] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(group.sum), total[r]);
       }
@@ -158,7 +171,7 @@ struct Avx2Fp32 {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
               __m256& sum = place % 2 ? odd[r] : even[r];
-              const float* const input = x[r * groups + g].inputs + part * Weights::PLACES + place;
+              const float* const input = x[g * ROWS + r].inputs + part * Weights::PLACES + place;
               sum = _mm256_fmadd_ps(w, _mm256_broadcast_ss(input), sum);
             }
           }
@@ -171,7 +184,7 @@ struct Avx2Fp32 {
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
           total[half][r] = _mm256_fmadd_ps(scale, _mm256_add_ps(even[r], odd[r]), total[half][r]);
-          total[half][r] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x[r * groups + g].sum), total[half][r]);
+          total[half][r] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(x[g * ROWS + r].sum), total[half][r]);
         }
       }
     }
@@ -191,6 +204,17 @@ void multiply_all(const uint8_t* weight, const typename Form::Prepared* x, typen
   if constexpr (ROWS > 1) multiply_all<Form, BITS, ROWS / 2>(weight, x, y, rows, groups, outputs);
 }
 
+// The first of the rows that `multiply_all` takes together with one, and how many: each group of theirs follows the other.
+template <int MOST_ROWS>
+std::pair<int64_t, int64_t> rows_together(int64_t row, int64_t rows) {
+  int64_t together = MOST_ROWS, first = row - row % together;
+  while (first + together > rows) {
+    together /= 2;
+    first = row - row % together;
+  }
+  return {first, together};
+}
+
 template <typename Form, int BITS>
 void product(const at::Tensor& rows, const at::Tensor& weight, at::Tensor& y) {
   const int64_t tiles = weight.size(0), outputs = tiles * TILE, groups = rows.size(-1) / GROUP;
@@ -200,7 +224,11 @@ void product(const at::Tensor& rows, const at::Tensor& weight, at::Tensor& y) {
   auto* to = y.mutable_data_ptr<typename Form::Number>();
   std::vector<typename Form::Prepared> prepared(num_rows * groups);
   at::parallel_for(0, num_rows * groups, 512, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) Form::template prepare<BITS>(from + g * GROUP, &prepared[g]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / groups, group = i % groups;
+      const auto [first, together] = rows_together<Form::MOST_ROWS>(row, num_rows);
+      Form::template prepare<BITS>(from + i * GROUP, &prepared[first * groups + group * together + row - first]);
+    }
   });
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile)
