@@ -13,20 +13,22 @@ from ryzen_llm.decoding.pauses import Pauses
 
 MEMORY = 64
 """How many of its latest tries a kind of guess is judged by, about."""
+FIRST_TRIES = 2.0
+"""As how many of them what a drafter says of it counts."""
 PROBE_INTERVAL = 32
 """A drafter that costs more than it seems to be worth is asked again after so many steps."""
 CHEAP = 0.01
 """A drafter that takes less than this part of a step is asked at every step while its drafts are read."""
-IDLE = 64
+IDLE = 16
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
-WORTHWHILE = 1.02
+WORTHWHILE = 1.05
 """How many times the tokens a second of the narrowest pass a wider one has to promise: what is known is no
 better known than that."""
 GAIN_SMOOTHING = 0.1
 """How far what a drafter is known to gain follows one draft of it."""
-FIRST_KEPT = 1.0
-"""Tokens a pass by which what plans expect is first taken for right."""
+FIRST_KEPT = 16.0
+"""Tokens by which what plans expect is first taken for right."""
 LEAST_KEPT = 0.05
 
 
@@ -34,7 +36,7 @@ class AcceptanceRates:
     """How often each kind of guess, a drafter's name and a signal, was right where all before it were.
 
     Args:
-        drafters: Whose `likelihood` counts as one try of each of their kinds.
+        drafters: Whose `likelihood` counts as some tries of each of their kinds.
     """
 
     def __init__(self, drafters: Iterable[Drafter] = ()) -> None:
@@ -58,8 +60,9 @@ class AcceptanceRates:
             likely = float(self._likelihoods[name](signal))
         except Exception:  # whatever a drafter does costs speed only
             likely = math.nan
-        # Else half a try each, right and wrong: what has not been tried is worth trying.
-        return (likely if 0 <= likely <= 1 else 0.5), 1.0
+        if not 0 <= likely <= 1:  # half right: what has not been tried is worth trying
+            likely = 0.5
+        return FIRST_TRIES * likely, FIRST_TRIES
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class DraftControl:
         self.pauses.passed(tokens / texts, drafting + min(seconds, usual))
         if plan.width > self.widths[0]:
             promised = (plan.expected - texts) / texts / self._kept
-            self._given += (tokens / texts - 1 - self._given) / MEMORY
-            self._promised += (promised - self._promised) / MEMORY
+            self._given += tokens / texts - 1 - self._given / MEMORY
+            self._promised += promised - self._promised / MEMORY
         else:  # little by little what was found of other texts is forgotten
             self._given += (self._promised - self._given) / (8 * MEMORY)
 

@@ -84,7 +84,7 @@ class Drafting:
         self._started = time.perf_counter()
         self._asked = [{} for _ in rows]
         best = self.control.plan(self._asked, branching)
-        if not self.control.pauses.active:
+        if not self.control.pauses.left:
             self.catch_up()
             best = self._plan(best, rows, room, branching)
         self._planned = time.perf_counter()
@@ -132,12 +132,23 @@ class Drafting:
             for each, drafted in asked.items():
                 self.control.learn(each, drafted, step.accepted)
         self._missed.append((rows, steps))
-        if not self.control.pauses.active:
+        if not self.control.pauses.left:
             self.catch_up()
         ended = time.perf_counter()
         statistics.drafting_seconds += ended - started
         tokens = sum(len(step.accepted) for step in steps)
         self.control.passed(plan, tokens, self._planned - self._started, ended - self._planned)
+
+    def rested(self, steps: Sequence[Step], seconds: float) -> None:
+        """Take in the steps of a pause, of the only text, and what they took on average."""
+        statistics = self.statistics
+        plan = self.control.plan([{}])
+        statistics.passes[plan.width] = statistics.passes.get(plan.width, 0) + len(steps)
+        statistics.steps += len(steps)
+        statistics.tokens += len(steps)
+        for step in steps:
+            self._missed.append(([0], [step]))
+            self.control.passed(plan, 1, 0.0, seconds)
 
     def catch_up(self) -> None:
         """Show the drafters the steps that they have not seen, of a pause."""

@@ -38,13 +38,13 @@ class Pauses:
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 
     @property
-    def active(self) -> bool:
-        """Whether the next step is to have no drafts."""
-        return self._left > 0
+    def left(self) -> int:
+        """How many of the next steps are to have no drafts."""
+        return self._left
 
     def passed(self, tokens: float, seconds: float) -> None:
         """Take in the tokens that a step gave each text on average, and what it took with its drafting."""
-        if len(self.times.widths) == 1:  # no plain decoding to compare with
+        if self.times.narrowest > 1:  # no plain decoding to compare with
             return
         if self._left:
             self._left -= 1

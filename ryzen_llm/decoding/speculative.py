@@ -125,8 +125,11 @@ class SpeculativeDecoder:
         stream.send()
         first_token_at = time.perf_counter()
         while not all(text.ended for text in texts):
-            self._step(texts, drafting, cache, sampling, stops, max_new_tokens)
-            stream.send()
+            if len(texts) == 1 and drafting.control.pauses.left:
+                self._rest(texts[0], drafting, cache, sampling, stops, max_new_tokens, stream)
+            else:
+                self._step(texts, drafting, cache, sampling, stops, max_new_tokens)
+                stream.send()
         drafting.catch_up()
         seconds = time.perf_counter() - first_token_at
         longest = max(len(text.new) for text in texts)
@@ -197,6 +200,34 @@ class SpeculativeDecoder:
             )
         cache.keep(kept)
         drafting.learn(rows, plan, steps)
+
+    def _rest(
+        self,
+        text: _Text,
+        drafting: Drafting,
+        cache: KVCache,
+        sampling: Sampling,
+        stops: frozenset[int],
+        max_new_tokens: int,
+        stream: _Stream,
+    ) -> None:
+        """The steps of a pause, one token each, without what drafts need: that takes a while after a pass."""
+        steps: list[Step] = []
+        started = time.perf_counter()
+        for _ in range(drafting.control.pauses.left):
+            token = text.new[-1]
+            outcome = self.generator.fixed_width(torch.tensor([[token]], device=self.generator.device), cache)
+            require_finite(outcome.finite, self.generator.dtype)
+            likeliest = drawn = int(outcome.likeliest)
+            if sampling.temperature:
+                drawn = int(sampling.sample(outcome.logits[0], text.rng))
+            steps.append(Step([token], [-1], [likeliest], [drawn], [0], outcome.hidden_states[0]))
+            text.new.append(drawn)
+            text.ended = drawn in stops or len(text.new) == max_new_tokens
+            stream.send()
+            if text.ended:
+                break
+        drafting.rested(steps, (time.perf_counter() - started) / len(steps))
 
     def _control(self, cache: KVCache) -> DraftControl:
         batch_size = len(cache.lengths)

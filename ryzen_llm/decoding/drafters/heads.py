@@ -26,6 +26,8 @@ from ryzen_llm.model import Transformer
 from ryzen_llm.model.embedding import Embedding
 
 CONFIDENCE_LEVELS = 12
+SURENESS = 0.6
+"""How likely a token is, as part of what heads say it is: SmolLM2's on Spec-Bench's prompts."""
 BRANCHES = 4
 """Tokens that are drafted after one."""
 MOST_STATES = 2
@@ -170,8 +172,8 @@ class HeadsDrafter(Drafter):
         return _Session(self, tokens[-1], hidden_state)
 
     def likelihood(self, signal: int) -> float:
-        """See `Drafter.likelihood`: what the heads said it is."""
-        return float(2 ** (-(signal % CONFIDENCE_LEVELS + 0.5) / 2))
+        """See `Drafter.likelihood`: what the heads said it is, of texts unlike those that they know."""
+        return float(SURENESS * 2 ** (-(signal % CONFIDENCE_LEVELS + 0.5) / 2))
 
     def draft(self, hidden_state: Tensor, token: int, most: int) -> Draft:
         """At most `most` tokens in a row after `token`, which the model found after `hidden_state`.

@@ -80,7 +80,7 @@ def test_before_it_was_tried_a_guess_is_as_likely_as_its_drafter_says(percent: i
     control = DraftControl(SECONDS, [Sure()])
     assert control.plan([{"a": draft(7, signal=percent)}]).width == width
     control.rates.learn(("a", percent), True)
-    assert control.rates["a", percent] == pytest.approx((percent / 100 + 1) / 2)
+    assert control.rates["a", percent] == pytest.approx((2 * percent / 100 + 1) / 3)
     for nonsense in (0, -5, 250):  # which may cost speed, and nothing else
         assert control.rates["a", nonsense] == 0.5
 
@@ -154,7 +154,7 @@ def test_siblings_are_learnt_from_and_what_follows_the_right_one() -> None:
     tree = Draft([1, 2, 5, 5, 6], [0, 1, 2, 3, 4], [-1, -1, 0, 1, 3])
     control.learn("a", tree, [2, 5, 9])
     rates = [control.rates["a", signal] for signal in range(5)]
-    assert rates == [0.25, 0.75, 0.5, 0.75, 0.25], "5 after 1 was not tried"
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1 / 2, 2 / 3, 1 / 3]), "5 after 1 was not tried"
 
 
 def test_rates_follow_a_text_that_changes() -> None:
@@ -267,13 +267,13 @@ def test_a_step_that_was_interrupted_does_not_end_drafting() -> None:
     for step in range(WINDOW):
         plan = control.plan([{"a": draft(7)}])
         control.passed(plan, 8, 0.0, 1000.0 if step == 3 else SECONDS[8])
-    assert not control.pauses.active
+    assert not control.pauses.left
     for _ in range(WINDOW):
         control.passed(plan, 8, 0.0, 1000.0)
-    assert not control.pauses.active, "the machine is slower: plain decoding would be, too"
+    assert not control.pauses.left, "the machine is slower: plain decoding would be, too"
     for _ in range(WINDOW):
         control.passed(plan, 8, 1000.0, 2.5)
-    assert control.pauses.active, "drafting takes longer than it gains"
+    assert control.pauses.left, "drafting takes longer than it gains"
 
 
 def test_drafting_never_costs_more_than_it_is_expected_to_give() -> None:

@@ -1,6 +1,7 @@
 """Drafters find what they say they find; how often that helps is measured, not tested."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,6 +157,22 @@ def test_the_table_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(table) for table in drafter.tables] == [10, 10, 10]
     assert propose(drafter, [49], 1).tokens == [50]
     assert propose(drafter, [3], 1).tokens == []
+
+
+@pytest.mark.parametrize("drafter", [SuffixDrafter(), SuffixDrafter([1, 2, 3, 4] * 9), RecyclingDrafter()])
+def test_a_guess_that_more_speaks_for_is_taken_for_likelier(drafter: Drafter) -> None:
+    """Of a text that repeats itself; every kind of guess has a likelihood before it was tried."""
+    text = [1, 2, 3, 4] * 8
+    session = drafter.begin(text[:1], HIDDEN)
+    first = []
+    for now, then in pairwise(text[:-1]):
+        session.update(step([now], [then], [then]))
+        if signals := session.propose(7).signals:
+            likely = [drafter.likelihood(signal) for signal in signals]
+            assert all(0 < each < 1 for each in likely)
+            first.append(likely[0])
+    assert first == sorted(first)
+    assert first[0] < 0.5 < 0.9 < first[-1]
 
 
 def test_a_draft_model_goes_on_where_the_text_is_what_it_has_read() -> None:

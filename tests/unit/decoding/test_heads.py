@@ -17,6 +17,7 @@ from ryzen_llm.decoding import (
     HeadsDrafter,
     SpeculativeDecoder,
 )
+from ryzen_llm.decoding.drafters.heads import SURENESS
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -95,7 +96,7 @@ def test_drafts_follow_the_formula(heads: DraftHeads, tied: bool) -> None:
         assert signal == 12 * (len(text) - 1) + min(int(-2 * math.log2(likely)), 11)
         # Until one has been tried: within the rounding of a signal, half a bit.
         assert likely >= 2**-5.5
-        assert abs(math.log2(drafter.likelihood(signal) / likely)) <= 0.25 + 1e-6
+        assert abs(math.log2(drafter.likelihood(signal) / (SURENESS * likely))) <= 0.25 + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

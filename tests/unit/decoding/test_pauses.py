@@ -10,7 +10,7 @@ def run(pauses: Pauses, steps: int, tokens: float, seconds: float, width: int = 
     """Which of the steps were drafted; those that were not take a second, a token of plain decoding."""
     drafted = []
     for _ in range(steps):
-        drafted.append(not pauses.active)
+        drafted.append(not pauses.left)
         pauses.times.passed(width if drafted[-1] else 1, pauses.times[width if drafted[-1] else 1])
         pauses.passed(*((tokens, seconds) if drafted[-1] else (1.0, 1.0)))
     return drafted

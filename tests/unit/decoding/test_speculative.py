@@ -1,7 +1,9 @@
 """With a drafter, whatever it does, the text is the one without."""
 
+import random
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ryzen_llm.decoding import (
     SpeculativeDecoder,
     SuffixDrafter,
 )
+from ryzen_llm.decoding.pauses import Pauses
 from ryzen_llm.errors import InputError
 from ryzen_llm.model import ModelConfig, Transformer
 
@@ -165,6 +168,58 @@ def test_a_drafter_that_fails_costs_no_output(model: Transformer, prompts: torch
         assert torch.equal(generator.generate(prompts, max_new_tokens=NEW).ids, plain.ids)
     assert generator.speculation is not None
     assert list(generator.speculation.statistics.failures) == [name]
+
+
+@pytest.mark.parametrize("sampled", SAMPLED)
+@pytest.mark.parametrize("texts", [1, 3])
+def test_drafters_learn_of_the_steps_that_had_no_drafts(
+    model: Transformer,
+    prompts: torch.Tensor,
+    texts: int,
+    sampled: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a pause, all together: what they are asked afterwards is about the whole text."""
+    without = SpeculativeDecoder(Generator(model, weights="fp32"), [])
+    streamed: list[list[int]] = []
+    plain = without.generate(prompts[:texts], max_new_tokens=NEW, **sampled)
+    truth = plain.ids.tolist()
+    stops = truth[0][-2:-1] if texts == 1 and sampled else []
+    if stops:
+        plain = without.generate(prompts[:texts], max_new_tokens=NEW, stop_tokens=stops, **sampled)
+        truth = plain.ids.tolist()
+    chance = random.Random(0)
+    monkeypatch.setattr(
+        Pauses, "passed", lambda self, *step: setattr(self, "_left", chance.choice((0, 0, 1, 3)))
+    )
+    asked: list[int] = []
+    sessions: list[Any] = []
+
+    def propose(text: list[int], most: int) -> Draft:
+        row = next(row for row in truth if row[: len(text)] == text)
+        asked.append(len(text))
+        return draft(row[len(text) : len(text) + most])
+
+    class Watched(Adversary):
+        def begin(self, tokens: Sequence[int], hidden_state: torch.Tensor) -> Any:
+            sessions.append(super().begin(tokens, hidden_state))
+            return sessions[-1]
+
+    decoder = SpeculativeDecoder(Generator(model, weights="fp32"), Watched("watched", propose))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a drafter that fails is dropped with one
+        out = decoder.generate(
+            prompts[:texts],
+            max_new_tokens=NEW,
+            stop_tokens=stops,
+            on_token=streamed.append,
+            **sampled,
+        )
+    assert torch.equal(out.ids, plain.ids)
+    assert torch.tensor(streamed).T.equal(out.new_ids)
+    assert [session.text for session in sessions] == truth
+    assert out.stop_reason == plain.stop_reason
+    assert 0 < len(set(asked)) < decoder.statistics.steps
 
 
 def test_a_draft_that_is_too_long_is_cut(model: Transformer, prompts: torch.Tensor) -> None:
