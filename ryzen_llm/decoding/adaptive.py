@@ -19,10 +19,10 @@ PROBE_INTERVAL = 32
 """A drafter that costs more than it seems to be worth is asked again after so many steps."""
 CHEAP = 0.01
 """A drafter that takes less than this part of a step is asked at every step while its drafts are read."""
-IDLE = 16
+IDLE = 32
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
-WORTHWHILE = 1.05
+WORTHWHILE = 1.02
 """How many times the tokens a second of the narrowest pass a wider one has to promise: what is known is no
 better known than that."""
 GAIN_SMOOTHING = 0.1
@@ -105,7 +105,7 @@ class DraftControl:
     def passed(self, plan: Plan, tokens: int, drafting: float, seconds: float) -> None:
         """Take in the tokens that a step gave, and the seconds that it took to draft and then.
 
-        Of these no more than usual count, or a little: interruptions are no measure.
+        A quarter more than a pass usually takes is counted at most: interruptions are no measure.
         """
         texts = len(plan.drafts)
         self.times.passed(plan.width, seconds)
