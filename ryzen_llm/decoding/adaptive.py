@@ -23,13 +23,14 @@ IDLE = 32
 """Drafts in a row of which none was read, after which such a drafter is asked at every fourth step only."""
 IDLE_INTERVAL = 4
 WORTHWHILE = 1.02
-"""How many times the tokens a second of the narrowest pass a wider one has to promise: what is known is no
-better known than that."""
+"""How many times the tokens a second of the narrowest pass a wider one has to promise: times and rates are
+no better known."""
 GAIN_SMOOTHING = 0.1
 """How far what a drafter is known to gain follows one draft of it."""
 FIRST_KEPT = 16.0
 """Tokens by which what plans expect is first taken for right."""
 LEAST_KEPT = 0.05
+"""The least part of what plans expect that is taken to come true."""
 
 
 class AcceptanceRates:

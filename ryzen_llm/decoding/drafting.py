@@ -68,7 +68,7 @@ class Drafting:
         self.statistics = SpeculationStatistics()
         self._sessions: dict[str, list[DraftSession]] = {}
         self._asked: list[dict[str, Draft]] = []
-        self._missed: list[tuple[Sequence[int], Sequence[Step]]] = []  # of a pause
+        self._missed: list[tuple[Sequence[int], Sequence[Step]]] = []  # what the drafters have not seen
         self._started = self._planned = 0.0
         control.pauses.begin_text()
         for drafter in drafters:
@@ -132,8 +132,6 @@ class Drafting:
             for each, drafted in asked.items():
                 self.control.learn(each, drafted, step.accepted)
         self._missed.append((rows, steps))
-        if not self.control.pauses.left:
-            self.catch_up()
         ended = time.perf_counter()
         statistics.drafting_seconds += ended - started
         tokens = sum(len(step.accepted) for step in steps)
@@ -151,7 +149,7 @@ class Drafting:
             self.control.passed(plan, 1, 0.0, seconds)
 
     def catch_up(self) -> None:
-        """Show the drafters the steps that they have not seen, of a pause."""
+        """Show the drafters the steps that they have not seen: the last one or, after a pause, more."""
         for name in list(self._sessions):
             for rows, steps in self._missed:
                 if name in self._sessions:

@@ -7,7 +7,7 @@ from itertools import pairwise
 SMOOTHING = 0.1
 """How far what is known follows one pass."""
 FARTHEST = math.log(1.25)
-"""What a pass took beyond that, up or down, was an interruption, or is followed slowly."""
+"""As a logarithm, how far from the usual a pass counts at most: what is beyond may be an interruption."""
 RECENT = 4
 """Passes after which a narrow one is too long ago to compare a wider one with: the machine's speed moves."""
 SETTLED = 2
@@ -24,6 +24,11 @@ class PassTimes:
 
     Args:
         seconds: By width, measured.
+
+    Attributes:
+        widths: Ascending.
+        narrowest: The first of them.
+        since_narrow: Passes since that one was last timed among its like.
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
@@ -33,7 +38,7 @@ class PassTimes:
         self._longer = {width: math.log(seconds[width]) - self._speed for width in self.widths}
         self._after = 0.0
         self._in_a_row = SETTLED  # narrow passes
-        self._since_narrow = 0  # passes since a narrow one that was settled
+        self.since_narrow = 0
         self._order()
 
     def __getitem__(self, width: int) -> float:
@@ -44,19 +49,14 @@ class PassTimes:
         """Seconds that the next pass costs beside its own if it is a wide one: none if the last one was."""
         return 0.0 if not self._in_a_row else self._after * self[self.narrowest]
 
-    @property
-    def since_narrow(self) -> int:
-        """Passes since the narrowest was last timed as it is in plain decoding."""
-        return self._since_narrow
-
     def passed(self, width: int, seconds: float) -> None:
         """Take in how long a pass took."""
         error = math.log(seconds) - self._speed - self._longer[width]
         error = min(max(error, -FARTHEST), FARTHEST)
-        self._since_narrow += 1
+        self.since_narrow += 1
         if width != self.narrowest:
             self._in_a_row = 0
-            if self._since_narrow <= RECENT:
+            if self.since_narrow <= RECENT:
                 self._longer[width] += SMOOTHING * error
                 self._order()
             self._speed += SMOOTHING * error / 2
@@ -65,7 +65,7 @@ class PassTimes:
         if self._in_a_row < SETTLED:
             self._after += SMOOTHING * (max(error, 0.0) - self._after)
             return
-        self._since_narrow = 0
+        self.since_narrow = 0
         self._speed += SMOOTHING * error
 
     def _order(self) -> None:

@@ -22,6 +22,9 @@ class Pauses:
 
     Args:
         times: Of passes, kept up to date elsewhere.
+
+    Attributes:
+        left: How many of the next steps are to have no drafts.
     """
 
     def __init__(self, times: PassTimes) -> None:
@@ -31,23 +34,18 @@ class Pauses:
 
     def begin_text(self) -> None:
         """Forget what came of other texts."""
-        self._left, self._length = 0, SHORTEST  # of this pause and of the next
+        self.left, self._length = 0, SHORTEST  # of this pause and of the next
         self._begin_window()
 
     def _begin_window(self) -> None:
         self._steps, self._tokens, self._seconds = 0, 0.0, 0.0
 
-    @property
-    def left(self) -> int:
-        """How many of the next steps are to have no drafts."""
-        return self._left
-
     def passed(self, tokens: float, seconds: float) -> None:
         """Take in the tokens that a step gave each text on average, and what it took with its drafting."""
         if self.times.narrowest > 1:  # no plain decoding to compare with
             return
-        if self._left:
-            self._left -= 1
+        if self.left:
+            self.left -= 1
             return
         self._steps += 1
         self._tokens += tokens
@@ -59,8 +57,8 @@ class Pauses:
         lead = self._tokens * plain / self._seconds
         self._begin_window()
         if lead < 1:
-            self._left, self._length = self._length, min(2 * self._length, LONGEST)
+            self.left, self._length = self._length, min(2 * self._length, LONGEST)
             return
         self._length = SHORTEST
         if self.times.since_narrow >= STALE and TIMING * plain * (1 - 1 / lead) <= self._unspent:
-            self._left, self._unspent = TIMING, 0.0
+            self.left, self._unspent = TIMING, 0.0

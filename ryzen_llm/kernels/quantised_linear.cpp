@@ -204,7 +204,8 @@ void multiply_all(const uint8_t* weight, const typename Form::Prepared* x, typen
   if constexpr (ROWS > 1) multiply_all<Form, BITS, ROWS / 2>(weight, x, y, rows, groups, outputs);
 }
 
-// The first of the rows that `multiply_all` takes together with one, and how many: each group of theirs follows the other.
+// The first of the rows that `multiply_all` takes together with one, and how many: prepared, a group of theirs is in one
+// place, and the next group follows.
 template <int MOST_ROWS>
 std::pair<int64_t, int64_t> rows_together(int64_t row, int64_t rows) {
   int64_t together = MOST_ROWS, first = row - row % together;

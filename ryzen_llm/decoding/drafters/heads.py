@@ -27,7 +27,7 @@ from ryzen_llm.model.embedding import Embedding
 
 CONFIDENCE_LEVELS = 12
 SURENESS = 0.6
-"""How likely a token is, as part of what heads say it is: SmolLM2's on Spec-Bench's prompts."""
+"""How likely a token is, about, as part of what heads say it is: SmolLM2's on Spec-Bench's prompts."""
 BRANCHES = 4
 """Tokens that are drafted after one."""
 MOST_STATES = 2

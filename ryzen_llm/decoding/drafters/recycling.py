@@ -11,7 +11,7 @@ CONTEXTS = (3, 2, 1)
 MOST_ENTRIES = 1 << 18
 _SURE = 3
 _LIKELY = {1: (0.2, 0.35, 0.5), 2: (0.45, 0.75, 0.75), 3: (0.65, 0.85, 0.98)}
-"""By the length of context and how often running: how often SmolLM2 said so again."""
+"""By the length of context and how often running: how often, about, SmolLM2 said so again."""
 
 Table = dict[tuple[int, ...], tuple[int, int]]
 """By the last tokens: what the model predicted after them last, and how often running (up to 3)."""

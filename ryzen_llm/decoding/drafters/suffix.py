@@ -10,7 +10,7 @@ from ryzen_llm.decoding.drafters.suffix_automaton import SuffixAutomaton
 _SIGNAL_BY_LENGTH = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 8]
 _CORPUS_SIGNALS = 16
 _LIKELY = (0.0, 0.2, 0.4, 0.5, 0.65, 0.75, 0.8, 0.95, 0.97)
-"""By signal: how often SmolLM2's texts went on as they had before (a corpus is taken for as good)."""
+"""By signal: how often, about, SmolLM2's texts went on as before (a corpus is taken for as good)."""
 
 
 class SuffixDrafter(Drafter):

@@ -190,7 +190,7 @@ def test_drafters_learn_of_the_steps_that_had_no_drafts(
         truth = plain.ids.tolist()
     chance = random.Random(0)
     monkeypatch.setattr(
-        Pauses, "passed", lambda self, *step: setattr(self, "_left", chance.choice((0, 0, 1, 3)))
+        Pauses, "passed", lambda self, *step: setattr(self, "left", chance.choice((0, 0, 1, 3)))
     )
     asked: list[int] = []
     sessions: list[Any] = []
